@@ -1,0 +1,1 @@
+"""What a person types or imports: the command line, the benches, and `from deepflow import LLM`."""

@@ -1,0 +1,371 @@
+"""Every message that crosses the bus, grouped by conversation. Data only: no methods, no logic, no encoding.
+
+A subject carries one type or a union of two to four (`subjects.py` names them). Times are remaining or elapsed
+milliseconds, never a clock reading. New fields need defaults; a breaking change is a new subject version.
+Instance names (`te`, `client`, `je`, ...) contain the boot id of the process, so a restarted one is another instance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+# --------------------------------------------------------------------------------------------- answers to a request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The typed "no" of every conversation; `code` is one of `errors.py`."""
+
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """`request.<model>` and `task.<te>`: somebody now owes (request, attempt) exactly one end per choice.
+
+    `te` is None while the request is parked at the JE because no TE of the model is up.
+    """
+
+    request: str
+    attempt: int
+    by: str
+    te: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------ request and task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when a choice ends. Stop strings are the gateway's business and not in here."""
+
+    max_tokens: int
+    seed: int  # unsigned 64 bit; noise is a function of (seed, choice, position) alone
+    n: int = 1
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives wanted beside each token; None: no logprobs at all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to be continued. Sent by a gateway; sent again with the next `attempt` after a loss.
+
+    `root` is the hash every page chain of this tenant and model starts from, `hashes` the chained hashes of the
+    prompt's full pages (blockhash.py). `output` holds, per choice, the tokens the client already has; `ended` the
+    choices that are over: their tokens are not generated again.
+    """
+
+    request: str
+    attempt: int
+    client: str
+    model: str
+    tenant: str
+    prompt: list[int]
+    root: bytes
+    hashes: list[bytes]
+    sampling: Sampling
+    deadline_ms: int
+    park_ms: int
+    kind: str = "chat"  # chat | completion: selects the job kind
+    output: list[list[int]] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    avoid: list[str] = field(default_factory=list)
+
+
+class TaskKind(StrEnum):
+    """What a task asks of a TE. A serving TE refuses a kind it does not run."""
+
+    GENERATE = "generate"  # prefill and decode in one place
+    PREFILL = "prefill"
+    DECODE = "decode"
+    TRAIN = "train"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """JE -> TE: run this. Idempotent by (request, attempt); the TE's answer is the admission."""
+
+    task: str
+    job: str
+    je: str
+    kind: TaskKind
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Gateway or JE -> TE: drop (request, attempts up to `attempt`). Idempotent; unknown requests are ignored.
+
+    `choice` None means all choices. `keep` is how many generated tokens count: what is past it (after a stop string)
+    is not indexed.
+    """
+
+    request: str
+    attempt: int
+    choice: int | None = None
+    keep: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEnded:
+    """`events.<je>`: a TE is done with a task."""
+
+    task: str
+    request: str
+    attempt: int
+    te: str
+    finish: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probability (natural log) of one sampled token and of the likeliest alternatives, best first."""
+
+    logprob: float
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """The next tokens of one choice; `index` is the position of the first of `ids` in the choice's output.
+
+    `finish` set makes it the one terminal delta of the choice: stop | length | cancelled | failed. A token that
+    ended the choice (end of sequence, stop id) is the last of `ids` and `stop_id` repeats it. `logprobs`, where
+    wanted, is as long as `ids`. `cached` (first delta only) is the number of prompt tokens found in the cache.
+    """
+
+    request: str
+    attempt: int
+    choice: int
+    index: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    cached: int | None = None
+    finish: str | None = None
+    stop_id: int | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """`tokens.<client>`: all that one engine step produced for one client. `seq` counts frames source -> client."""
+
+    source: str
+    seq: int
+    deltas: list[Delta]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """`tokens.<client>`: a JE tells what is happening to a request that has no tokens yet."""
+
+    source: str
+    request: str
+    attempt: int
+    state: str  # parked | dispatched
+    te: str | None = None
+    waited_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """`task.<te>`: the client saw a gap or a silence; send again from `have[choice]` on."""
+
+    request: str
+    attempt: int
+    have: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """All deltas from the asked positions, terminal ones included."""
+
+    deltas: list[Delta]
+
+
+# ------------------------------------------------------------------------------------------------- life and load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """`beat.<kind>.<id>`, 5 Hz: gateways, JEs, caches and pods live. `draining`: no new work, please."""
+
+    kind: str
+    id: str
+    draining: bool = False
+    in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeBeat:
+    """`beat.te.<id>`, 5 Hz: a TE's load and pulse.
+
+    `progress_ms` is the age of the last finished step while there is work, 0 when idle; `step_ms` the predicted
+    duration of the present step: a TE whose progress is older than 1.5 s beyond it counts as dead.
+    `outstanding` is predicted work in seconds (waiting prefill plus remaining decode). `counters` are monotonic.
+    """
+
+    id: str
+    model: str
+    pod: str
+    state: str  # loading | ready | draining
+    step: int = 0
+    progress_ms: int = 0
+    step_ms: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_slots: int = 0
+    outstanding_s: float = 0.0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Down:
+    """`down.<kind>.<id>`: its pod host (or the cluster manager) knows that this instance is dead."""
+
+    kind: str
+    id: str
+    reason: str
+
+
+# ----------------------------------------------------------------------------------------------------- the KV cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockEvents:
+    """`blocks.<model>.<te>`: what changed in a TE's index in one step; apply `removed` before `stored`.
+
+    `seq` grows by one per message from 1; a jump means a lost message: ask for a dump.
+    """
+
+    te: str
+    model: str
+    seq: int
+    stored: list[bytes] = field(default_factory=list)
+    removed: list[bytes] = field(default_factory=list)
+    tier: str = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksQuery:
+    """`blocks.dump.<te>`: send the whole index."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksDump:
+    """The whole index as of event `seq`: the next event to apply is `seq + 1`."""
+
+    te: str
+    model: str
+    seq: int
+    hashes: list[bytes]
+    tier: str = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """`rtc.match`: who holds the longest prefix of these chained page hashes?"""
+
+    model: str
+    hashes: list[bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """A TE that holds the first `num_pages` pages, all of them in `tier` or faster."""
+
+    te: str
+    num_pages: int
+    tier: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """Holders, longest match first; empty when nobody holds the first page."""
+
+    holders: list[Holder]
+
+
+# --------------------------------------------------------------------------------------------------- introspection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusQuery:
+    """`status.<kind>.<id>` or `status.all.all`: verb `status`, `ledger`, or `log_level` (with `argument`)."""
+
+    verb: str = "status"
+    argument: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReply:
+    """One service's answer; `body` is JSON for people and for `deepflow status`."""
+
+    kind: str
+    id: str
+    pid: int
+    body: str
+
+
+# -------------------------------------------------------------- tables (KV buckets; stored as JSON, read by people)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """Bucket `models`, key = encoded name: the catalogue. Survives all replicas of the model.
+
+    `folder` is relative to the models folder of `DEEPFLOW_CACHE`. The digests let a gateway refuse to serve a model
+    whose tokenizer or template it would read differently.
+    """
+
+    name: str
+    folder: str
+    context: int  # tokens, prompt and output together
+    vocab: int
+    page: int  # tokens per KV page; also the hash granularity
+    eos_ids: list[int]
+    tokenizer_digest: str
+    template_digest: str
+    recipe_digest: str  # weights + arithmetic + KV dtype and layout: part of every hash root
+    created: int = 0  # seconds since the epoch, for /v1/models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """Bucket `registrations`, key = encoded instance: who is here; re-put on reconnect, removed at a clean end."""
+
+    kind: str
+    id: str
+    host: str
+    pid: int
+    address: str = ""
+    model: str = ""
+    pod: str = ""
+    page: int = 0
+    recipe_digest: str = ""

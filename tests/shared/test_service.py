@@ -1,0 +1,146 @@
+"""The skeleton of a service, as a real process: readiness, beats, status, drain order, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from shared import errors
+from shared.bus import Bus
+from shared.messages import Accepted, Beat, Cancel, StatusQuery, StatusReply
+from tests.nats_server import NatsServer
+
+
+@contextlib.asynccontextmanager
+async def probe(nats: NatsServer, **env: str) -> AsyncIterator[tuple[Any, int]]:
+    """The probe service as a child process, and its metrics port."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "tests.shared.probe_service"),
+        env={**os.environ, "DEEPFLOW_NATS_URL": nats.url, "DEEPFLOW_GRACE_S": "5", **env},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        started = json.loads(await process.stderr.readline())
+        assert started["event"] == "service_started", started
+        yield process, started["metrics_port"]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def http(port: int, path: str) -> tuple[int, str]:
+    """GET from the metrics port."""
+
+    def get() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    return await asyncio.to_thread(get)
+
+
+async def first_beat(bus: Bus) -> Beat:
+    """The next beat of a probe."""
+    beats: asyncio.Queue[Beat] = asyncio.Queue()
+    listening = await bus.listen(bus.subjects.beat("probe", "*"), (Beat,), beats.put_nowait)
+    async with asyncio.timeout(10):
+        beat = await beats.get()
+    await listening.stop()
+    return beat
+
+
+async def test_a_service_shows_its_health_and_its_status(bus: Bus, nats: NatsServer) -> None:
+    """Probes, scrapes, beats and status queries are answered; a wrong verb is a typed failure."""
+    async with probe(nats) as (process, port):
+        beat = await first_beat(bus)
+        assert await http(port, "/health") == (200, "ok\n")
+        assert await http(port, "/ready") == (200, "ok\n")
+        assert (await http(port, "/metrics"))[0] == 200
+        assert (await http(port, "/nothing"))[0] == 404
+        subject = bus.subjects.status("probe", beat.id)
+        reply = await bus.request(subject, StatusQuery(), StatusReply, timeout_s=5)
+        assert (reply.pid, json.loads(reply.body)["answer"]) == (process.pid, 42)
+        ledger = await bus.request(subject, StatusQuery(verb="ledger"), StatusReply, timeout_s=5)
+        assert json.loads(ledger.body) == {"live": 0}
+        everybody = await bus.gather(
+            bus.subjects.status("all", "all"), StatusQuery(), StatusReply, wait_s=0.3
+        )
+        assert [answer.id for answer in everybody] == [beat.id]
+        with pytest.raises(errors.InvalidRequest):
+            await bus.request(subject, StatusQuery(verb="dance"), StatusReply, timeout_s=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains_what_is_in_flight(
+    bus: Bus, nats: NatsServer, number: signal.Signals
+) -> None:
+    """Requests being served when the signal comes are answered, and the exit code is 0."""
+    async with probe(nats) as (process, _):
+        await first_beat(bus)
+        async with asyncio.TaskGroup() as group:
+            answers = [
+                group.create_task(
+                    bus.request("probe", Cancel(request=str(i), attempt=0), Accepted, timeout_s=5)
+                )
+                for i in range(3)
+            ]
+            await asyncio.sleep(0.1)
+            process.send_signal(number)
+        assert [answer.result().request for answer in answers] == ["0", "1", "2"]
+        assert await process.wait() == 0
+
+
+async def test_readiness_ends_with_the_bus_and_returns(bus: Bus, nats: NatsServer) -> None:
+    """While nats-server is away the service is alive but not ready; afterwards it is ready again."""
+    async with probe(nats) as (_, port):
+        await first_beat(bus)
+        nats.kill()
+        async with asyncio.timeout(10):
+            while (await http(port, "/ready"))[0] != 503:
+                await asyncio.sleep(0.02)
+            assert (await http(port, "/health"))[0] == 200
+            nats.start()
+            while (await http(port, "/ready"))[0] != 200:
+                await asyncio.sleep(0.02)
+
+
+async def test_a_crashed_task_ends_the_service_with_a_failure(bus: Bus, nats: NatsServer) -> None:
+    """A bug in a background task ends the process with exit code 1, so that a supervisor restarts it."""
+    async with probe(nats) as (process, _):
+        await first_beat(bus)
+        with contextlib.suppress(errors.DeepFlowError):
+            await bus.request("probe", Cancel(request="crash", attempt=0), Accepted, timeout_s=1)
+        assert await process.wait() == 1
+
+
+async def test_a_failing_start_is_a_failure(nats: NatsServer, bus: Bus) -> None:
+    """A main that raises ends the process with exit code 1."""
+    async with probe(nats, PROBE="fail") as (process, _):
+        assert await process.wait() == 1
+
+
+async def test_a_service_follows_its_parent(nats: NatsServer) -> None:
+    """When the named parent is not there (any more), the service stops by itself."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "tests.shared.probe_service"),
+        env={**os.environ, "DEEPFLOW_NATS_URL": nats.url, "DEEPFLOW_PARENT_PID": "1"},
+    )
+
+    assert await process.wait() in (0, -signal.SIGTERM)
