@@ -369,3 +369,11 @@ class Registration:
     pod: str = ""
     page: int = 0
     recipe_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantSecret:
+    """Bucket `keys`, key = encoded tenant: what keys the tenant's hash roots. Made once, by `create`."""
+
+    tenant: str
+    secret: bytes

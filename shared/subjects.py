@@ -191,12 +191,12 @@ def permissions(kind: str, realm: str) -> Permissions:
 
 
 # One bus user serves a whole worker: the pod host and the TEs that it starts.
-_WORKER_PARTS: Final = ("worker", "te")
+_WORKER_PARTS: Final = ("pod", "te")
 _INBOXES: Final = {"worker": _WORKER_PARTS}
 
 # kind -> (tables it writes, tables it only reads)
 _TABLES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "gateway": (("registrations",), ("models",)),
+    "gateway": (("registrations", "keys"), ("models",)),
     "scheduler": (("registrations",), ("models",)),
     "worker": (("models", "registrations"), ()),
     "cache": (("registrations",), ("models",)),
