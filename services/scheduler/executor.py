@@ -1,0 +1,370 @@
+"""The Job Executor proper: what becomes of each request this JE was handed, from admission to its end.
+
+A request is decided at once (a TE accepts it, or it is refused), or parked while no TE of its model is up and then
+dispatched, cancelled or failed: exactly one terminal frame per choice in every case. The newest attempt of a request
+wins; older ones are cancelled wherever they are. A parked request whose TE stays ambiguous, or whose JE leaves, is
+failed with `Unavailable(retry_after_s=0)`, which tells its gateway to resubmit at once; past its budget the hint is
+positive and meant for the client. This module must not know subscriptions, signals, or how a TE is chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from services.scheduler.dispatch import Dispatcher
+from services.scheduler.job import JobKind, Plan, State, Task, serve
+from services.scheduler.parking import Parked, ParkingLot
+from services.scheduler.registry import Registry
+from shared import log
+from shared.bus import Bus, failure
+from shared.errors import (
+    DeadlineExceeded,
+    DeepFlowError,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
+from shared.messages import (
+    Accepted,
+    Cancel,
+    Delta,
+    Failure,
+    ModelEntry,
+    Progress,
+    Request,
+    TaskEnded,
+    Tokens,
+)
+
+PROGRESS_S: Final = 1.0
+_RETRY_AFTER_S: Final = 5.0  # told to a client whose model had no TE for its whole park budget
+_SERVED: Final = (JobKind.CHAT, JobKind.COMPLETION)
+_MAX_ACTIVE: Final = 65_536
+_MAX_CLIENTS: Final = 4096
+_OVERDUE_S: Final = 60.0  # an active request this far past its deadline has ended unheard
+
+
+@dataclass(slots=True, kw_only=True)
+class _Active:
+    """A request this JE answers for: on its way to a TE, parked, or at a TE until that says it ended."""
+
+    plan: Plan
+    client: str
+    until: float
+    cancelled: bool = False  # while a TE was being asked: to be told to whoever accepts
+
+    @property
+    def task(self) -> Task:
+        """The one task of what is served so far."""
+        return self.plan.jobs[0].tasks[0]
+
+
+class JobExecutor:
+    """All requests of one JE. Methods named `on_*` are synchronous and hand off to `tasks`."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        registry: Registry,
+        dispatcher: Dispatcher,
+        lot: ParkingLot,
+        tasks: asyncio.TaskGroup,
+        *,
+        je: str,
+        find_model: Callable[[str], Coroutine[Any, Any, ModelEntry | None]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.je = je
+        self.lot = lot
+        self._bus = bus
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._tasks = tasks
+        self._find_model = find_model
+        self._clock = clock
+        self._log = log.get(service="scheduler", id=je)
+        self._active: dict[str, _Active] = {}  # by request id, oldest first
+        self._frames: dict[str, int] = {}  # client -> frames sent to it
+        self._unparking: dict[str, asyncio.Task[None]] = {}  # a loop per model that has both
+        self._leaving = False
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    # ---------------------------------------------------------------------------------------------------- admission
+
+    async def admit(self, request: Request) -> Accepted:
+        """Answers `request.<model>`. Raises any DeepFlowError; then nothing is owed."""
+        if request.kind not in _SERVED:
+            raise InvalidRequest(f"kind {request.kind!r} is not served", param="kind")
+        if request.deadline_ms <= 0:
+            raise DeadlineExceeded("the request came after its deadline")
+        known = self._active.get(request.request)
+        if known is not None and known.plan.attempt >= request.attempt:
+            return self._repeat(request, known)
+        if len(self._active) >= _MAX_ACTIVE:
+            raise Overloaded("this job executor has its hands full", retry_after_s=1.0)
+        name = f"{request.request}.{request.attempt}"
+        active = _Active(
+            plan=serve(
+                JobKind(request.kind), request.request, request.attempt, job=name, task=f"{name}.0"
+            ),
+            client=request.client,
+            until=self._clock() + request.deadline_ms / 1000 + _OVERDUE_S,
+        )
+        self._active[request.request] = active
+        try:
+            if known is not None:
+                old = Cancel(request=request.request, attempt=known.plan.attempt)
+                await self._cancel(old, known)
+            te = None
+            if self._registry.ready(request.model):
+                te = await self._dispatch(request, active)
+            if te is None:
+                await self._park(request, active)
+        except BaseException:
+            self._forget(request.request, active)
+            raise
+        return Accepted(request=request.request, attempt=request.attempt, by=self.je, te=te)
+
+    def _repeat(self, request: Request, known: _Active) -> Accepted:
+        """The answer to an attempt that is known already, or older than the known one."""
+        same = known.plan.attempt == request.attempt
+        placing = known.task.te is None and request.request not in self.lot
+        if not same or placing:
+            raise Unavailable("this or a newer attempt is being placed", retry_after_s=0.0)
+        return Accepted(
+            request=request.request, attempt=request.attempt, by=self.je, te=known.task.te
+        )
+
+    async def _dispatch(self, request: Request, active: _Active) -> str | None:
+        """Places the plan's task; None if no TE could be reached. Raises as `Dispatcher.dispatch` does."""
+        task = active.task
+        te = await self._dispatcher.dispatch(
+            request, job=active.plan.jobs[0].id, task=task.id, kind=task.kind
+        )
+        if te is not None:
+            if task.state is State.READY:  # else its end overtook the answer
+                active.plan.start(task.id, te)
+            if active.cancelled:  # meanwhile, and nobody else knows which TE to tell
+                await self._cancel(Cancel(request=request.request, attempt=request.attempt), active)
+        return te
+
+    # ------------------------------------------------------------------------------------------------------ parking
+
+    async def _park(self, request: Request, active: _Active) -> None:
+        exists = self._registry.group(request.model) or await self._find_model(request.model)
+        if not exists:
+            raise ModelNotFound(f"the model {request.model!r} does not exist", param="model")
+        if self._leaving or active.cancelled:
+            raise Unavailable("this attempt has no place here any more", retry_after_s=0.0)
+        if min(request.park_ms, request.deadline_ms) <= 0:
+            raise Unavailable(
+                f"no replica of model {request.model!r} is up", retry_after_s=_RETRY_AFTER_S
+            )
+        parked = self.lot.park(request, active.plan, self._clock())
+        self._log.info("request_parked", request=request.request, model=request.model)
+        await self._tell_progress(parked, "parked")
+        self.unpark(request.model)  # a TE may have come up while the catalogue was read
+
+    def unpark(self, model: str) -> None:
+        """Places the model's parked requests, one after another, while it has a TE with room."""
+        if model not in self._unparking and not self._leaving:
+            self._unparking[model] = self._tasks.create_task(
+                self._unpark(model), name=f"unpark-{model}"
+            )
+
+    async def _unpark(self, model: str) -> None:
+        try:
+            while self._registry.ready(model) and (parked := self.lot.next(model)) is not None:
+                if not await self._place(parked):
+                    return
+        finally:
+            del self._unparking[model]
+
+    async def _place(self, parked: Parked) -> bool:
+        """Gives one request, taken out of the lot, to a TE; False (and it is back inside) if none has room."""
+        request = parked.remaining(self._clock())
+        active = self._active[request.request]
+        try:
+            te = await self._dispatch(request, active)
+        except Overloaded:
+            te = None
+        except DeepFlowError as error:
+            await self._end(parked, "failed", failure(error))
+            return True
+        if te is not None:
+            await self._tell_progress(parked, "dispatched", te)
+            return True
+        if active.cancelled:
+            await self._end(parked, "cancelled")
+        elif self._leaving:
+            await self._end(parked, "failed", _LEAVING)
+        else:
+            self.lot.put_back(parked)
+        return False
+
+    async def tick(self) -> None:
+        """Several times a second: fails what has waited too long, tells the others, and tries to place them."""
+        now = self._clock()
+        for parked in self.lot.take_expired(now):
+            late = now - parked.since >= parked.request.deadline_ms / 1000
+            await self._end(parked, "failed", _TOO_LATE if late else _no_te(parked.request.model))
+        for parked in self.lot:
+            if now - parked.told >= PROGRESS_S and parked.request.request in self.lot:
+                await self._tell_progress(parked, "parked")
+        for model in self.lot.models():
+            if self._registry.ready(model):
+                self.unpark(model)
+        for request, active in list(self._active.items()):
+            if active.until < now and request not in self.lot:
+                self._forget(request, active)
+
+    # ------------------------------------------------------------------------------------------------ what one hears
+
+    def on_cancel(self, cancel: Cancel) -> None:
+        """`cancel.<je>`: for a request whose TE the gateway does not know yet."""
+        active = self._active.get(cancel.request)
+        if active is not None and active.plan.attempt <= cancel.attempt:
+            self._tasks.create_task(self._cancel(cancel, active), name="cancel")
+
+    def on_ended(self, ended: TaskEnded) -> None:
+        """`events.<je>`: a TE is done with a task of ours."""
+        self._registry.ended(ended.te, ended.task)
+        active = self._active.get(ended.request)
+        if active is None or active.plan.attempt != ended.attempt:
+            return
+        if active.task.state is State.READY:  # overtook the TE's answer, which is still under way
+            active.plan.start(active.task.id, ended.te)
+        if ended.finish == "failed":
+            active.plan.fail(active.task.id)
+        elif ended.finish == "cancelled":
+            active.plan.cancel()
+        else:
+            active.plan.finish(active.task.id)
+        self._forget(ended.request, active)
+
+    def on_te_lost(self, te: str) -> None:
+        """Its requests are resubmitted by their gateways, not by us."""
+        for request, active in list(self._active.items()):
+            if active.task.te == te:
+                self._forget(request, active)
+
+    def on_client_lost(self, client: str) -> None:
+        """Nobody waits for its parked requests any more; the TEs drop the others by themselves."""
+        self.lot.take_client(client)
+        for request, active in list(self._active.items()):
+            if active.client == client:
+                active.cancelled = True
+                self._forget(request, active)
+        self._frames.pop(client, None)
+
+    async def leave(self) -> None:
+        """No more requests come: what is parked goes back to its gateways, which ask another JE."""
+        self._leaving = True
+        if self._unparking:
+            await asyncio.wait(self._unparking.values())
+        for parked in list(self.lot):
+            self.lot.take(parked.request.request)
+            await self._end(parked, "failed", _LEAVING)
+
+    # ------------------------------------------------------------------------------------------------------- endings
+
+    async def _cancel(self, cancel: Cancel, active: _Active) -> None:
+        """Ends an attempt wherever it is: at its TE, in the lot, or between the two."""
+        if active.task.te is not None:
+            await self._publish_cancel(active.task.te, cancel)
+        elif cancel.choice is not None:
+            self._cancel_choice(cancel)
+        elif (parked := self.lot.take(cancel.request)) is not None:
+            await self._end(parked, "cancelled")
+        else:
+            active.cancelled = True
+
+    def _cancel_choice(self, cancel: Cancel) -> None:
+        """One choice of a parked request: it is not generated; its end is the gateway's, who asked for it."""
+        for parked in self.lot:
+            request = parked.request
+            if request.request == cancel.request and cancel.choice not in request.ended:
+                assert cancel.choice is not None
+                parked.request = replace(request, ended=[*request.ended, cancel.choice])
+
+    async def _publish_cancel(self, te: str, cancel: Cancel) -> None:
+        try:
+            await self._dispatcher.cancel(te, cancel)
+        except DeepFlowError as error:
+            # The bus is away; the gateway cancels as well, and its silence counts too.
+            self._log.warning("cancel_lost", te=te, request=cancel.request, error=error.message)
+
+    async def _end(self, parked: Parked, finish: str, why: Failure | None = None) -> None:
+        """The terminal frame of a parked request: one delta for every choice that is not over."""
+        request = parked.request
+        parked.plan.cancel()  # whatever ended it, nobody works on it any more
+        active = self._active.get(request.request)
+        if active is not None and active.plan is parked.plan:
+            self._forget(request.request, active)
+        deltas = [
+            Delta(
+                request=request.request,
+                attempt=request.attempt,
+                choice=choice,
+                index=len(request.output[choice]) if choice < len(request.output) else 0,
+                ids=[],
+                finish=finish,
+                failure=why,
+            )
+            for choice in range(request.sampling.n)
+            if choice not in request.ended
+        ]
+        seq = self._frames.pop(request.client, 0) + 1
+        self._frames[request.client] = seq
+        if len(self._frames) > _MAX_CLIENTS:
+            del self._frames[next(iter(self._frames))]
+        self._log.info("parked_request_ended", request=request.request, finish=finish)
+        await self._tell(request.client, Tokens(source=self.je, seq=seq, deltas=deltas))
+
+    def _forget(self, request: str, active: _Active) -> None:
+        if self._active.get(request) is active:
+            del self._active[request]
+
+    async def _tell_progress(self, parked: Parked, state: str, te: str | None = None) -> None:
+        now = self._clock()
+        request = parked.request
+        parked.told = now
+        progress = Progress(
+            source=self.je,
+            request=request.request,
+            attempt=request.attempt,
+            state=state,
+            te=te,
+            waited_ms=int((now - parked.since) * 1000),
+        )
+        await self._tell(request.client, progress)
+
+    async def _tell(self, client: str, message: Progress | Tokens) -> None:
+        try:
+            await self._bus.publish(self._bus.subjects.tokens(client), message)
+        except DeepFlowError as error:
+            # The bus's buffer is full; the gateway itself ends the request at the deadline.
+            self._log.warning("frame_lost", client=client, error=error.message)
+
+
+_LEAVING: Final = Failure(
+    code=Unavailable.code, message="this job executor is leaving", retry_after_s=0.0
+)
+_TOO_LATE: Final = Failure(
+    code=DeadlineExceeded.code, message="the deadline passed before a replica was up"
+)
+
+
+def _no_te(model: str) -> Failure:
+    return Failure(
+        code=Unavailable.code,
+        message=f"no replica of model {model!r} came up in time",
+        retry_after_s=_RETRY_AFTER_S,
+    )

@@ -1,0 +1,123 @@
+"""The parked requests of a JE: accepted while no TE of their model was up, in order of arrival, within two bounds.
+
+A request leaves the lot exactly once: taken for dispatch, cancelled, orphaned (its client fell silent) or expired.
+Pure: the clock is passed in, and what is owed to the client (progress, the terminal frame) is the caller's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from services.scheduler.job import Plan
+from shared.errors import Overloaded
+from shared.messages import Request
+
+_REQUEST_BYTES: Final = 2048  # a request without its lists, its plan, and what points at it
+_TOKEN_BYTES: Final = 40  # an int object and the list's pointer to it
+_HASH_BYTES: Final = 64  # 16 bytes as a bytes object, and the pointer
+
+
+def num_bytes(request: Request) -> int:
+    """What keeping `request` costs, an upper estimate."""
+    tokens = len(request.prompt) + sum(len(ids) for ids in request.output)
+    return _REQUEST_BYTES + _TOKEN_BYTES * tokens + _HASH_BYTES * len(request.hashes)
+
+
+@dataclass(slots=True, kw_only=True)
+class Parked:
+    """A request in the lot, or out of it on its way to a TE. Times are readings of the caller's clock."""
+
+    request: Request
+    plan: Plan
+    since: float
+    until: float  # end of the park budget or of the deadline, whichever is nearer
+    num_bytes: int
+    told: float = float("-inf")  # when the client last heard of it
+
+    def remaining(self, now: float) -> Request:
+        """The request as it stands now: time spent here is gone from its budgets."""
+        waited_ms = int((now - self.since) * 1000)
+        return replace(
+            self.request,
+            deadline_ms=max(0, self.request.deadline_ms - waited_ms),
+            park_ms=max(0, self.request.park_ms - waited_ms),
+        )
+
+
+class ParkingLot:
+    """First come, first served per model; bounded by `max_requests` and `max_bytes` (of all models together)."""
+
+    def __init__(self, *, max_requests: int, max_bytes: int, max_park_s: float) -> None:
+        self.max_requests = max_requests
+        self.max_bytes = max_bytes
+        self.max_park_s = max_park_s
+        self.num_bytes = 0
+        self._parked: dict[str, Parked] = {}  # by request id; insertion order is arrival order
+
+    def __len__(self) -> int:
+        return len(self._parked)
+
+    def __iter__(self) -> Iterator[Parked]:
+        return iter(list(self._parked.values()))
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._parked
+
+    def park(self, request: Request, plan: Plan, now: float) -> Parked:
+        """Raises Overloaded when the lot is full. The caller has removed an older attempt before."""
+        cost = num_bytes(request)
+        if len(self) >= self.max_requests or self.num_bytes + cost > self.max_bytes:
+            raise Overloaded(
+                f"no replica of model {request.model!r} is up and too many requests wait for one",
+                retry_after_s=self._retry_after_s(now),
+            )
+        budget_s = min(request.park_ms / 1000, request.deadline_ms / 1000, self.max_park_s)
+        parked = Parked(request=request, plan=plan, since=now, until=now + budget_s, num_bytes=cost)
+        self._add(parked)
+        return parked
+
+    def put_back(self, parked: Parked) -> None:
+        """Back at the head: it was taken for dispatch and no TE had room. Never refused, it was inside already."""
+        others = self._parked
+        self._parked = {}
+        self._add(parked)
+        self._parked |= others
+
+    def take(self, request: str) -> Parked | None:
+        """Removes and returns the parked request, if it is here."""
+        parked = self._parked.pop(request, None)
+        if parked is not None:
+            self.num_bytes -= parked.num_bytes
+        return parked
+
+    def next(self, model: str) -> Parked | None:
+        """Removes and returns the request that has waited longest for `model`."""
+        for parked in self._parked.values():
+            if parked.request.model == model:
+                return self.take(parked.request.request)
+        return None
+
+    def models(self) -> list[str]:
+        """The models somebody waits for, longest wait first."""
+        return list(dict.fromkeys(parked.request.model for parked in self._parked.values()))
+
+    def take_client(self, client: str) -> list[Parked]:
+        """Removes and returns all requests of a client."""
+        ids = [p.request.request for p in self._parked.values() if p.request.client == client]
+        return [parked for request in ids if (parked := self.take(request))]
+
+    def take_expired(self, now: float) -> list[Parked]:
+        """Removes and returns the requests whose time here is over."""
+        ids = [p.request.request for p in self._parked.values() if p.until <= now]
+        return [parked for request in ids if (parked := self.take(request))]
+
+    def _add(self, parked: Parked) -> None:
+        self._parked[parked.request.request] = parked
+        self.num_bytes += parked.num_bytes
+
+    def _retry_after_s(self, now: float) -> float:
+        """When the first of those inside must have left, at least a second."""
+        ends = [parked.until - now for parked in self._parked.values()]
+        return max(1.0, min(ends, default=1.0))
