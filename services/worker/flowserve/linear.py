@@ -1,0 +1,100 @@
+"""Matrix products with weights: plain float, and W8A8 with exact integer accumulation.
+
+A `Linear` takes fp32 rows and gives fp32 rows; how the weights are kept is its own business. This module must not know
+what the products are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as functional
+
+DTYPES = ("w8a8", "fp32", "bf16")
+
+Rows = tuple[torch.Tensor, torch.Tensor | None]  # weight [n, in] and bias [n], as stored
+
+
+class Linear(Protocol):
+    """x fp32 [T, in] -> fp32 [T, out]."""
+
+    num_bytes: int  # of weights read by one product
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class FloatLinear:
+    """Weights and products in one float type (float32 or bfloat16). BLAS decides the order of the sums."""
+
+    def __init__(self, parts: Iterable[Rows], size: tuple[int, int], dtype: torch.dtype) -> None:
+        self._weight = torch.empty(size, dtype=dtype)
+        self._bias = _fill(parts, size[0], lambda rows, part: self._weight[rows].copy_(part))
+        self.num_bytes = self._weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # [T, in] @ [in, out] -> [T, out]
+        y = functional.linear(x.to(self._weight.dtype), self._weight).float()
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class Int8Linear:
+    """W8A8: symmetric int8, one scale per output channel and one per row of activations, found anew for each row.
+
+    y[t, n] = (sum over k of q(x)[t, k] * q(W)[n, k]) * scale_x[t] * scale_W[n] + b[n]. The sum is exact in int32 (safe
+    below 2^31 / 127^2 = 133,000 inputs) and all else is element-wise, so a row's result does not depend on other rows.
+    """
+
+    def __init__(self, parts: Iterable[Rows], size: tuple[int, int]) -> None:
+        self._weight = torch.empty(size, dtype=torch.int8)
+        self._scales = torch.empty(size[0])
+        self._bias = _fill(parts, size[0], self._quantise)
+        self._transposed = self._weight.t()
+        self.num_bytes = self._weight.nbytes
+
+    def _quantise(self, rows: slice, part: torch.Tensor) -> None:
+        part = part.float()  # [n, in]
+        codes, scales = quantise_rows(part)
+        self._weight[rows] = codes
+        self._scales[rows] = scales.squeeze(-1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scales = quantise_rows(x)  # [T, in], [T, 1]
+        y = torch._int_mm(codes, self._transposed).float()  # [T, out]
+        y.mul_(scales).mul_(self._scales)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [T, in] -> int8 codes in -127..127 [T, in] and fp32 scales [T, 1]; codes * scales is x to half a step."""
+    scales = x.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-20).div_(127.0)
+    return x.div(scales).round_().to(torch.int8), scales
+
+
+def make_linear(parts: Iterable[Rows], *, num_outputs: int, num_inputs: int, dtype: str) -> Linear:
+    """One product out of several weights stacked along the outputs (q, k, v; gate, up).
+
+    `parts` is consumed one by one, so that a lazy iterable keeps only one stored tensor alive at a time.
+    """
+    size = (num_outputs, num_inputs)
+    if dtype == "w8a8":
+        return Int8Linear(parts, size)
+    return FloatLinear(parts, size, torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+def _fill(
+    parts: Iterable[Rows], num_outputs: int, put: Callable[[slice, torch.Tensor], object]
+) -> torch.Tensor | None:
+    """Hands each weight to `put` with the rows it occupies; returns the stacked bias, fp32 [out], None without any."""
+    bias: torch.Tensor | None = None
+    start = 0
+    for weight, part_bias in parts:
+        rows = slice(start, start + weight.shape[0])
+        put(rows, weight)
+        if part_bias is not None:
+            if bias is None:
+                bias = torch.zeros(num_outputs)
+            bias[rows] = part_bias.float()
+        start = rows.stop
+    return bias

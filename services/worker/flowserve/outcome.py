@@ -1,0 +1,75 @@
+"""What the engine hands out: deltas, ends, the result of a step, and its load. Data; must not know how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from services.worker.flowserve.sequence import Sequence
+from shared.messages import Delta
+
+
+class ClientDelta(NamedTuple):
+    """A delta, and the client it goes to."""
+
+    client: str
+    delta: Delta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A request is over: all its choices have ended. `finish` is the worst of theirs."""
+
+    request: str
+    attempt: int
+    client: str
+    finish: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class StepOutput:
+    """What one step brought. `error` is a fault of ours that ended the step's requests: to be logged."""
+
+    deltas: list[ClientDelta] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    stored: list[bytes] = field(default_factory=list)
+    removed: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    num_sampled: int = 0
+    duration_s: float = 0.0
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """For beats and placement. `outstanding_s` is predicted work, `step_ms` the predicted present step (0: idle)."""
+
+    running: int
+    waiting: int
+    free_slots: int
+    outstanding_s: float
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    step_ms: int
+
+
+def delta_of(sequence: Sequence, start: int) -> Delta:
+    """The output of a choice from position `start` on, and its end if it has ended."""
+    first = sequence.num_given
+    logprobs = sequence.logprobs[start - first :] if sequence.logprobs else None
+    return Delta(
+        request=sequence.group.request.request,
+        attempt=sequence.group.request.attempt,
+        choice=sequence.choice,
+        index=start,
+        ids=sequence.tokens[sequence.num_prompt + start :],
+        logprobs=logprobs,
+        cached=sequence.group.num_cached if start == first else None,
+        finish=sequence.finish,
+        stop_id=sequence.stop_id,
+        failure=sequence.failure,
+    )

@@ -1,0 +1,616 @@
+"""The engine over a real tiny model: the life of a request, and its end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from services.worker.flowserve.engine import Engine, EngineSettings, StepOutput
+from services.worker.flowserve.kv import KVCache
+from services.worker.flowserve.model import Decoder, StepInput
+from shared import blockhash, errors
+from shared.messages import Cancel, Delta, Failure, Replay, Request, Sampling
+from tests.worker.tiny import make_tiny
+
+PAGE = 16
+ROOT = blockhash.root(b"secret", "tiny")
+PROMPT = [(7 * i * i + 3 * i) % 500 + 3 for i in range(70)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A tiny model's products are too small to share between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    return Decoder.load(make_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+def request(
+    name: str = "r",
+    prompt: list[int] | None = None,
+    *,
+    attempt: int = 0,
+    client: str = "c",
+    output: list[list[int]] | None = None,
+    ended: Iterable[int] = (),
+    deadline_ms: int = 60_000,
+    **fields: Any,
+) -> Request:
+    prompt = PROMPT if prompt is None else prompt
+    return Request(
+        request=name,
+        attempt=attempt,
+        client=client,
+        model="tiny",
+        tenant="t",
+        prompt=prompt,
+        root=ROOT,
+        hashes=blockhash.chain(ROOT, [abs(token) for token in prompt], PAGE),
+        sampling=Sampling(**{"max_tokens": 24, "seed": 5, "ignore_eos": True} | fields),
+        deadline_ms=deadline_ms,
+        park_ms=0,
+        output=output or [],
+        ended=list(ended),
+    )
+
+
+GREEDY = {"temperature": 0}
+SEEDED = {"temperature": 0.9, "top_p": 0.95, "frequency_penalty": 0.4, "repetition_penalty": 1.1}
+
+
+class Bench:
+    """An engine, a clock turned by hand, and what a client saw: output by (request, choice), and its ends."""
+
+    def __init__(self, decoder: Decoder, *, num_blocks: int = 128, **limits: Any) -> None:
+        self.now = 0.0
+        kv = KVCache.allocate(decoder.config, num_blocks=num_blocks, page=PAGE)
+        settings = EngineSettings(num_blocks=num_blocks, page=PAGE, **limits)
+        self.engine = Engine(decoder, kv, settings, eos_ids=[0, 2], clock=lambda: self.now)
+        self.ids: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.ends: dict[tuple[str, int], Delta] = {}
+        self.cached: dict[str, int | None] = {}
+        self.finishes: dict[str, str] = {}
+        self.index: set[bytes] = set()
+
+    def submit(self, *requests: Request) -> None:
+        for one in requests:
+            for choice, given in enumerate(one.output):
+                self.ids[one.request, choice] = given.copy()
+            self.engine.submit(one)
+
+    def step(self) -> StepOutput:
+        output = self.engine.step()
+        for client, delta in output.deltas:
+            assert client == "c"
+            self.take(delta)
+        for ended in output.ended:
+            self.finishes[ended.request] = ended.finish
+            self.cached[ended.request] = ended.cached_tokens
+        self.index = (self.index - set(output.removed)) | set(output.stored)
+        assert self.index == set(self.engine.index_snapshot())
+        self.engine.check()
+        return output
+
+    def take(self, delta: Delta) -> None:
+        key = delta.request, delta.choice
+        assert key not in self.ends, "a delta after the end"
+        assert delta.index == len(self.ids[key])
+        assert delta.logprobs is None or len(delta.logprobs) == len(delta.ids)
+        self.ids[key] += delta.ids
+        if delta.finish is not None:
+            self.ends[key] = delta
+
+    def run(self) -> None:
+        while self.engine.has_work():
+            self.step()
+        ledger = self.engine.ledger()
+        assert ledger["live"] == 0
+        assert ledger["owners"] == {}
+
+    def tokens(self, name: str = "r", choice: int = 0) -> list[int]:
+        return self.ids[name, choice]
+
+
+@pytest.fixture(scope="module", params=[GREEDY, SEEDED], ids=["greedy", "seeded"])
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    fields: dict[str, Any] = request.param
+    return fields
+
+
+@pytest.fixture(scope="module")
+def alone(decoder: Decoder, kind: dict[str, Any]) -> list[int]:
+    """The tokens of the request by itself, its prompt computed at once, nothing cached."""
+    bench = Bench(decoder)
+    bench.submit(request(**kind))
+    bench.run()
+    assert bench.cached["r"] == 0
+    assert len(bench.tokens()) == 24
+    return bench.tokens()
+
+
+# ---------------------------------------------------------------------------------- the same tokens, however computed
+
+
+def test_a_cached_prefix_changes_no_token(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int]
+) -> None:
+    """With its prompt in the index a request continues as without."""
+    bench = Bench(decoder)
+    bench.submit(request("warm", max_tokens=1))
+    bench.run()
+    bench.submit(request(**kind))
+    bench.run()
+    assert bench.cached["r"] == 64
+    assert bench.tokens() == alone
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16, 33])
+def test_chunks_change_no_token(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int], budget: int
+) -> None:
+    """A prompt computed over many steps continues as one computed in one step."""
+    bench = Bench(decoder, max_num_seqs=1, max_batched_tokens=budget)
+    bench.submit(request(**kind))
+    bench.run()
+    assert bench.tokens() == alone
+
+
+def test_batch_mates_change_no_token(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int]
+) -> None:
+    """Beside eight others of other lengths and settings, some of them prefilling, a request is as alone."""
+    bench = Bench(decoder, max_num_seqs=16, max_batched_tokens=48)
+    for number in range(4):
+        bench.submit(request(f"early{number}", PROMPT[number : 9 + 20 * number], seed=number))
+    bench.step()
+    bench.submit(request(**kind))
+    for number in range(4):
+        bench.submit(request(f"late{number}", PROMPT[: 5 + 15 * number], **GREEDY))
+    bench.run()
+    assert bench.tokens() == alone
+
+
+def test_preemption_changes_no_token(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int]
+) -> None:
+    """A request that lost its blocks and was computed again goes on as if nothing had been."""
+    bench = Bench(decoder, num_blocks=11)
+    bench.submit(request("older", PROMPT[::-1], **GREEDY))
+    bench.submit(request(**kind))
+    bench.run()
+    assert bench.engine.counters["preemptions"] > 0
+    assert bench.tokens() == alone
+
+
+@pytest.mark.parametrize("cut", [1, 9, 23])
+def test_resubmission_changes_no_token(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int], cut: int
+) -> None:
+    """Another engine, given the tokens so far, goes on at the next index with the same tokens."""
+    bench = Bench(decoder)
+    bench.submit(request(attempt=1, output=[alone[:cut]], **kind))
+    bench.run()
+    assert bench.tokens() == alone
+
+
+def test_choices_share_the_prompt_and_the_first_is_as_alone(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int]
+) -> None:
+    """With n = 3, choice 0 is the single choice; the others differ only by their noise."""
+    bench = Bench(decoder)
+    bench.submit(request(n=3, **kind))
+    computed = 0
+    while bench.engine.has_work():
+        computed += bench.step().num_computed
+    assert computed == 70 + 2 * 6 + 3 * 23
+    assert bench.tokens() == alone
+    choices = {tuple(bench.tokens(choice=choice)) for choice in range(3)}
+    assert len(choices) == (1 if kind is GREEDY else 3)
+
+
+# --------------------------------------------------------------------------------------------------- ends of a choice
+
+
+def test_a_choice_ends_at_its_stop_token(decoder: Decoder) -> None:
+    """The stop token is the last of the ids and is named; before min_tokens it is not drawn."""
+    bench = Bench(decoder)
+    bench.submit(request("free", **GREEDY))
+    bench.run()
+    stop = bench.tokens("free")[4]
+    first = bench.tokens("free").index(stop)
+    bench.submit(request("stopped", stop_token_ids=[stop], **GREEDY))
+    bench.submit(request("later", stop_token_ids=[stop], min_tokens=8, **GREEDY))
+    bench.run()
+    assert bench.tokens("stopped") == bench.tokens("free")[: first + 1]
+    end = bench.ends["stopped", 0]
+    assert (end.finish, end.stop_id) == ("stop", stop)
+    assert stop not in bench.tokens("later")[:8]
+
+
+def test_end_of_sequence_counts_unless_ignored(decoder: Decoder) -> None:
+    """The model's own end ids stop a choice, or not, as asked."""
+    bench = Bench(decoder)
+    forced = {"logit_bias": {2: 100.0}, "max_tokens": 3, **GREEDY}
+    bench.submit(request("a", ignore_eos=False, **forced), request("b", **forced))
+    bench.run()
+    assert bench.tokens("a") == [2]
+    assert bench.ends["a", 0].stop_id == 2
+    assert bench.tokens("b") == [2, 2, 2]
+    assert (bench.ends["b", 0].finish, bench.ends["b", 0].stop_id) == ("length", None)
+
+
+def test_an_end_token_in_the_prompt_ends_nothing(decoder: Decoder) -> None:
+    """A conversation's prompt may end with the very token that ends answers."""
+    bench = Bench(decoder)
+    bench.submit(request(prompt=[*PROMPT, 2], ignore_eos=False, logit_bias={2: -100.0}))
+    bench.run()
+    assert len(bench.tokens()) == 24
+
+
+def test_a_full_context_ends_a_choice(decoder: Decoder) -> None:
+    """Prompt and output together stay within the context, here the pool of 6 blocks."""
+    bench = Bench(decoder, num_blocks=6)
+    assert bench.engine.context == 96
+    bench.submit(request(max_tokens=500))
+    bench.run()
+    assert len(bench.tokens()) == 96 - 70
+    assert bench.finishes["r"] == "length"
+
+
+def test_every_token_has_its_logprobs(decoder: Decoder) -> None:
+    """Each delta brings as many as ids, best first, and a greedy token is the best."""
+    bench = Bench(decoder)
+    bench.submit(request(logprobs=2, **GREEDY))
+    while bench.engine.has_work():
+        for _, delta in bench.step().deltas:
+            assert delta.logprobs is not None
+            for token, logprobs in zip(delta.ids, delta.logprobs, strict=True):
+                assert logprobs.top_ids[0] == token
+                assert logprobs.top_logprobs[0] == logprobs.logprob < 0
+                assert len(logprobs.top_ids) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- cancellation
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 8])
+def test_cancelling_frees_blocks_at_once(decoder: Decoder, num_steps: int) -> None:
+    """Waiting, in prefill or decoding: the cancel returns the terminal deltas and leaves no live block."""
+    bench = Bench(decoder, max_batched_tokens=32, max_num_seqs=2)
+    bench.submit(request(n=3))
+    for _ in range(num_steps):
+        bench.step()
+    deltas = bench.engine.cancel(Cancel(request="r", attempt=0))
+    assert bench.engine.ledger()["live"] == 0
+    for _, delta in deltas:
+        bench.take(delta)
+    assert {key: end.finish for key, end in bench.ends.items()} == {
+        ("r", choice): "cancelled" for choice in range(3)
+    }
+    assert bench.engine.cancel(Cancel(request="r", attempt=0)) == []
+    bench.run()
+    assert bench.finishes == {"r": "cancelled"}
+
+
+def test_one_choice_can_be_cancelled(decoder: Decoder) -> None:
+    """The others go on to their own ends."""
+    bench = Bench(decoder)
+    bench.submit(request(n=2, **SEEDED))
+    bench.step()
+    bench.step()
+    for _, delta in bench.engine.cancel(Cancel(request="r", attempt=0, choice=0, keep=1)):
+        bench.take(delta)
+    bench.run()
+    assert bench.ends["r", 0].finish == "cancelled"
+    assert bench.ends["r", 1].finish == "length"
+
+
+def test_output_past_a_stop_string_is_not_indexed(decoder: Decoder) -> None:
+    """Cancelled with keep, before or after its own end, a choice leaves only whole kept pages in the index."""
+    for num_steps in (22, 50):
+        bench = Bench(decoder)
+        bench.submit(request(**GREEDY))
+        for _ in range(num_steps):
+            bench.step()
+        bench.engine.cancel(Cancel(request="r", attempt=0, choice=0, keep=11))
+        kept = PROMPT + bench.tokens()[:11]
+        assert bench.engine.index_snapshot() == blockhash.chain(ROOT, kept, PAGE)
+
+
+def test_a_cancel_may_overtake_its_request(decoder: Decoder) -> None:
+    """What was cancelled before it came is refused; the next attempt is not."""
+    bench = Bench(decoder)
+    bench.engine.cancel(Cancel(request="r", attempt=1))
+    with pytest.raises(errors.InvalidRequest, match="cancelled"):
+        bench.engine.submit(request(attempt=1))
+    bench.submit(request(attempt=2))
+    assert bench.engine.cancel(Cancel(request="r", attempt=1)) == []
+    bench.run()
+    assert bench.finishes == {"r": "length"}
+
+
+def test_a_refused_request_ends_too(decoder: Decoder) -> None:
+    """One terminal delta for each choice that was to be generated, and the end of the request."""
+    bench = Bench(decoder)
+    refused = request(n=3, output=[[4], [5, 6]], ended=[0])
+    bench.ids["r", 1] = [5, 6]
+    for _, delta in bench.engine.refuse(refused, Failure(code="overloaded", message="full")):
+        bench.take(delta)
+    bench.run()
+    assert {key: end.finish for key, end in bench.ends.items()} == {
+        ("r", 1): "failed",
+        ("r", 2): "failed",
+    }
+    assert bench.finishes == {"r": "failed"}
+
+
+def test_a_silent_client_loses_all_its_requests(decoder: Decoder) -> None:
+    """Its requests end without a word, those of others go on."""
+    bench = Bench(decoder)
+    bench.submit(request("a", client="gone"), request("b"), request("c", client="gone"))
+    for _ in range(2):
+        bench.engine.step()
+    bench.engine.cancel_client("gone")
+    bench.ids["b", 0] = [0, 0]
+    bench.index = set(bench.engine.index_snapshot())
+    assert list(bench.engine.ledger()["owners"]) == ["b#0/0"]  # type: ignore[arg-type]
+    bench.run()
+    assert bench.finishes == {"a": "cancelled", "b": "length", "c": "cancelled"}
+
+
+# ------------------------------------------------------------------------------------- attempts, replays, deadlines
+
+
+def test_a_repeated_submission_changes_nothing(decoder: Decoder, alone: list[int]) -> None:
+    """The same attempt again, early, late or after the end, is the same request."""
+    bench = Bench(decoder)
+    one = request(max_tokens=2)
+    bench.submit(one, one)
+    bench.step()
+    bench.engine.submit(one)
+    bench.run()
+    bench.engine.submit(one)
+    assert not bench.engine.has_work()
+    assert len(bench.tokens()) == 2
+
+
+def test_a_newer_attempt_replaces_an_older_one(
+    decoder: Decoder, kind: dict[str, Any], alone: list[int]
+) -> None:
+    """The old attempt ends as cancelled, the new one goes on from the tokens given; the old cannot come back."""
+    bench = Bench(decoder)
+    bench.submit(request(**kind))
+    for _ in range(6):
+        bench.step()
+    old = request(**kind)
+    bench.engine.submit(request(attempt=1, output=[alone[:4]], **kind))
+    tokens, ends = alone[:4], []
+    while bench.engine.has_work():
+        for _, delta in bench.engine.step().deltas:
+            if delta.attempt == 1:
+                tokens += delta.ids
+            if delta.finish is not None:
+                ends.append((delta.attempt, delta.finish))
+    assert tokens == alone
+    assert ends == [(0, "cancelled"), (1, "length")]
+    with pytest.raises(errors.InvalidRequest, match="later attempt"):
+        bench.engine.submit(old)
+
+
+def test_what_is_already_complete_ends_at_once(decoder: Decoder) -> None:
+    """A resubmission with nothing left to generate gets its end; ended choices are not touched."""
+    bench = Bench(decoder)
+    given = [[5] * 4, [5, 2], [5]]
+    bench.submit(
+        request(attempt=1, n=3, output=given, ended=[0], max_tokens=4, ignore_eos=False, **GREEDY)
+    )
+    bench.run()
+    assert bench.tokens("r", 0) == [5] * 4
+    assert bench.tokens("r", 1) == [5, 2]
+    assert bench.ends["r", 1].stop_id == 2
+    assert ("r", 0) not in bench.ends
+    assert ("r", 2) in bench.ends
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 60])
+def test_a_replay_returns_what_was_sent(decoder: Decoder, num_steps: int) -> None:
+    """From any position, while it runs and after the end: the same ids, logprobs and end."""
+    bench = Bench(decoder)
+    bench.submit(request(n=2, logprobs=1, **SEEDED))
+    sent: dict[int, list[Delta]] = defaultdict(list)
+    for _ in range(num_steps):
+        for _, delta in bench.step().deltas:
+            sent[delta.choice].append(delta)
+    for have in (0, 1, 3):
+        replayed = bench.engine.replay(Replay(request="r", attempt=0, have=[have, have]))
+        for delta in replayed:
+            original = [d for d in sent[delta.choice] if d.index >= have]
+            assert delta.index == have
+            assert delta.ids == [token for d in original for token in d.ids]
+            assert delta.logprobs == [entry for d in original for entry in d.logprobs or ()]
+            assert delta.finish == sent[delta.choice][-1].finish
+        with_more = {choice for choice, deltas in sent.items() if deltas[-1].index >= have}
+        assert {delta.choice for delta in replayed} == with_more
+
+
+def test_a_replay_starts_where_this_engine_started(decoder: Decoder) -> None:
+    """Tokens that came with a resubmission are the client's own and are not sent again."""
+    bench = Bench(decoder)
+    bench.submit(request(attempt=1, output=[[5, 6, 7]], max_tokens=5, logprobs=0))
+    bench.run()
+    (delta,) = bench.engine.replay(Replay(request="r", attempt=1, have=[1]))
+    assert (delta.index, delta.ids) == (3, bench.tokens()[3:])
+    assert delta.logprobs is not None
+    assert len(delta.logprobs) == 2
+
+
+def test_only_what_is_known_is_replayed(decoder: Decoder) -> None:
+    """Another attempt, an unknown request, and one that ended too long ago are not found."""
+    bench = Bench(decoder)
+    bench.submit(request(max_tokens=1))
+    bench.run()
+    assert bench.engine.replay(Replay(request="r", attempt=0, have=[0]))[0].finish == "length"
+    for name, attempt in (("r", 1), ("x", 0)):
+        with pytest.raises(errors.NotFound):
+            bench.engine.replay(Replay(request=name, attempt=attempt, have=[0]))
+    bench.now = 11
+    bench.step()
+    with pytest.raises(errors.NotFound):
+        bench.engine.replay(Replay(request="r", attempt=0, have=[0]))
+
+
+def test_a_deadline_ends_a_request(decoder: Decoder) -> None:
+    """Past it every live choice fails, running or waiting; the rest of the batch goes on."""
+    bench = Bench(decoder, max_num_seqs=2)
+    bench.submit(request("late", n=3, deadline_ms=500), request("fine"))
+    bench.step()
+    bench.now = 0.4
+    bench.step()
+    assert not bench.ends
+    bench.now = 0.6
+    bench.step()
+    for choice in range(3):
+        end = bench.ends["late", choice]
+        assert end.finish == "failed"
+        assert end.failure is not None
+        assert end.failure.code == "deadline_exceeded"
+    bench.run()
+    assert bench.finishes == {"late": "failed", "fine": "length"}
+
+
+# --------------------------------------------------------------------------------------------------- refusal, faults
+
+
+def test_a_full_queue_refuses(decoder: Decoder) -> None:
+    """Past the bound a request is told when to come back; what was accepted is served."""
+    bench = Bench(decoder, max_num_seqs=2, max_waiting=2)
+    for number in range(4):
+        bench.submit(request(str(number), max_tokens=2))
+    with pytest.raises(errors.Overloaded) as refusal:
+        bench.engine.submit(request("more"))
+    assert refusal.value.retry_after_s is not None
+    assert 1 <= refusal.value.retry_after_s <= 60
+    bench.run()
+    assert len(bench.finishes) == 4
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [3] * 2048}, "prompt"),
+    ({"prompt": [3, 512]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"output": [[512]]}, "prompt"),
+    ({"n": 0}, "n"),
+    ({"output": [[1], [1]]}, "n"),
+    ({"n": 2, "ended": [0, 1]}, "ended"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"logit_bias": {512: 1.0}}, "logit_bias"),
+    ({"logit_bias": {5: float("nan")}}, "logit_bias"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 1 << 64}, "seed"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"top_p": float("nan")}, "top_p"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"presence_penalty": 1e30}, "presence_penalty"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+def test_what_can_never_run_is_refused(
+    decoder: Decoder, fields: dict[str, Any], param: str
+) -> None:
+    """The refusal names the field, and the engine is as before."""
+    bench = Bench(decoder, num_blocks=256)
+    with pytest.raises(errors.InvalidRequest) as refusal:
+        bench.engine.submit(request(**fields))
+    assert refusal.value.param == param
+    assert not bench.engine.has_work()
+
+
+def test_hashes_of_another_page_size_are_refused(decoder: Decoder) -> None:
+    """More hashes than full pages cannot be of this engine's pages."""
+    bench = Bench(decoder)
+    one = replace(request(), hashes=blockhash.chain(ROOT, PROMPT, 8))
+    with pytest.raises(errors.InvalidRequest) as refusal:
+        bench.engine.submit(one)
+    assert refusal.value.param == "hashes"
+
+
+class Faulty:
+    """A decoder that fails once, at the step it is told."""
+
+    def __init__(self, decoder: Decoder, step: int) -> None:
+        self.config = decoder.config
+        self._decoder = decoder
+        self._steps_left = step
+
+    def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
+        self._steps_left -= 1
+        if self._steps_left == 0:
+            raise FloatingPointError("a fault of the device")
+        return self._decoder.forward(step, kv)
+
+
+def test_a_step_that_fails_ends_its_sequences_only(decoder: Decoder, alone: list[int]) -> None:
+    """The fault is reported, the step's choices fail, what waited is served, the ledger balances."""
+    bench = Bench(Faulty(decoder, 3), max_num_seqs=1)  # type: ignore[arg-type]
+    bench.submit(request("hit"), request("waits", max_tokens=3))
+    outputs = []
+    while bench.engine.has_work():
+        outputs.append(bench.step())
+    faults = [output.error for output in outputs if output.error]
+    assert [type(fault) for fault in faults] == [FloatingPointError]
+    end = bench.ends["hit", 0]
+    assert end.finish == "failed"
+    assert end.failure is not None
+    assert end.failure.code == "internal"
+    assert bench.finishes == {"hit": "failed", "waits": "length"}
+    assert bench.engine.ledger()["live"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ introspection
+
+
+def test_load_tells_what_is_left_to_do(decoder: Decoder) -> None:
+    """Slots, blocks and predicted work, growing with what is submitted and gone when it is done."""
+    bench = Bench(decoder, max_num_seqs=2)
+    idle = bench.engine.load()
+    assert (idle.running, idle.waiting, idle.free_slots) == (0, 0, 2)
+    assert idle.outstanding_s == idle.blocks_used == idle.step_ms == 0
+    outstanding = 0.0
+    for name in "abc":
+        bench.submit(request(name))
+        assert bench.engine.load().outstanding_s > outstanding
+        outstanding = bench.engine.load().outstanding_s
+    bench.step()
+    busy = bench.engine.load()
+    assert (busy.running, busy.waiting, busy.free_slots) == (2, 1, 0)
+    assert busy.blocks_used == 10
+    bench.run()
+    done = bench.engine.load()
+    assert (done.running, done.waiting, done.outstanding_s) == (0, 0, 0)
+    assert done.blocks_cached > 0
+    assert bench.engine.counters["requests_length"] == 3
+    assert bench.engine.counters["generation_tokens"] == 3 * 24
+
+
+def test_the_pool_is_sized_by_tokens_or_bytes(tmp_path: Path) -> None:
+    """Tokens are rounded up to blocks, bytes down; too few bytes are refused."""
+    folder = make_tiny(tmp_path / "tiny")
+    assert Engine.from_folder(folder, kv_tokens=100).load().blocks_total == 7
+    by_bytes = Engine.from_folder(folder, kv_bytes=1 << 20).load().blocks_total
+    assert Engine.from_folder(folder, kv_bytes=2 << 20).load().blocks_total == 2 * by_bytes
+    with pytest.raises(errors.InvalidRequest, match="not one block"):
+        Engine.from_folder(folder, kv_bytes=100)

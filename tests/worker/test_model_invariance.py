@@ -1,0 +1,113 @@
+"""W8A8 is batch-invariant: a row's logits are the same bits alone, batched, chunked, and after a prefix hit."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.worker.flowserve.model import Decoder
+from tests.worker.drive import PAGE, Driver, Sequence, random_ids
+from tests.worker.tiny import make_tiny
+
+LENGTH = 150  # more than two KV tiles
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    # The very head shape of SmolLM2: nine heads, three of keys, 64 wide.
+    "nine-heads": (
+        "llama",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "hidden_size": 576},
+    ),
+    "no-groups": ("llama", {"num_key_value_heads": 4}),
+    "one-kv-head": ("mistral", {"num_key_value_heads": 1, "sliding_window": 70}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A decoder of each variant, and the logits of its test sequence computed alone, in one step."""
+    root: Path = tmp_path_factory.mktemp("variants")
+
+    @cache
+    def get(variant: str) -> tuple[Decoder, torch.Tensor]:
+        family, overrides = VARIANTS[variant]
+        decoder = Decoder.load(make_tiny(root / variant, family, **overrides))
+        return decoder, Driver(decoder).run(Sequence(random_ids(LENGTH))).logits
+
+    return get
+
+
+@st.composite
+def _chunks(draw: st.DrawFn, length: int) -> list[int]:
+    """A way to cut `length` tokens: a few chunks of any size, some single tokens (decode), then all that is left."""
+    sizes: list[int] = []
+    for size in draw(st.lists(st.sampled_from([1, 2, 7, 16, 31, 32, 33, 64, 100]), max_size=5)):
+        sizes += [size] * (3 if size == 1 else 1)
+    cut: list[int] = []
+    for size in [*sizes, length]:
+        if left := length - sum(cut):
+            cut.append(min(size, left))
+    return cut
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_chunks_and_mates_change_no_bit(decoders: Any, variant: str, data: st.DataObject) -> None:
+    """However the sequence is chunked and whoever shares its steps, every logit is bit for bit the one computed
+    alone in one step."""
+    decoder, expected = decoders(variant)
+    length = data.draw(st.integers(1, LENGTH))
+    target = Sequence(random_ids(LENGTH)[:length])
+    lengths = data.draw(st.lists(st.integers(1, 200), max_size=4))
+    mates = [Sequence(random_ids(n, seed=n)) for n in lengths]
+    plans = [data.draw(_chunks(len(one.ids))) for one in (target, *mates)]
+    driver = Driver(decoder, seed=length)
+    first = data.draw(st.booleans())
+    while any(plans):
+        parts = [
+            (one, plan.pop(0)) for one, plan in zip((target, *mates), plans, strict=True) if plan
+        ]
+        driver.step(parts if first else parts[::-1])
+    assert torch.equal(target.logits, expected[:length])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prefix_hit_changes_no_bit(decoders: Any, variant: str) -> None:
+    """Rows computed on top of blocks that another sequence filled, three tokens a step, equal those computed alone."""
+    decoder, expected = decoders(variant)
+    driver = Driver(decoder)
+    ids = random_ids(LENGTH)
+    donor = driver.run(Sequence(ids[:130]), chunk=3)
+    for hit in (PAGE, 64, 128):
+        heir = Sequence(ids, table=donor.table[: hit // PAGE], computed=hit)
+        assert torch.equal(driver.run(heir, chunk=40).logits, expected[hit:])
+
+
+def test_sixty_four_decode_together(decoders: Any) -> None:
+    """Sixty-four sequences of different lengths, decoded in one step, each equal themselves alone."""
+    decoder, _ = decoders("qwen3")
+    crowd, lonely = Driver(decoder, num_blocks=600), Driver(decoder, num_blocks=600)
+    sequences = [Sequence(random_ids(2 + 2 * i, seed=i)) for i in range(64)]
+    crowd.step([(one, len(one.ids) - 1) for one in sequences])
+    crowd.step([(one, 1) for one in sequences])
+    for one in sequences:
+        alone = lonely.run(Sequence(one.ids))
+        assert torch.equal(alone.logits, one.logits)
+
+
+def test_a_step_may_sample_nothing(decoders: Any) -> None:
+    """A step of prompt chunks alone returns no logits."""
+    from services.worker.flowserve.model import Span, StepInput
+
+    decoder, _ = decoders("llama")
+    driver = Driver(decoder)
+    logits = decoder.forward(StepInput([5, 6], [0, 1], [Span(0, 2, [3])], []), driver.kv)
+    assert logits.shape == (0, 512)
