@@ -1,0 +1,159 @@
+"""The `deepflow` command: arguments in, one function call out. Every command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from deepflow.cli.home import Home
+from deepflow.cli.screen import fail
+from shared import log
+from shared.config import ConfigError
+from shared.errors import DeepFlowError
+
+app = typer.Typer(
+    name="deepflow",
+    help="Serve large language models: OpenAI API in front, FlowServe engines behind.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(StrEnum):
+    """Where the engines compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+
+
+def _home() -> Home:
+    try:
+        return Home.from_env(os.environ)
+    except ConfigError as error:
+        fail(str(error), 2)
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """A deliberate error is one line, not a traceback."""
+    try:
+        yield
+    except DeepFlowError as error:
+        fail(error.message)
+
+
+@app.command()
+def up(
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model to serve; may be given several times.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Engines (TEs) of each model.")] = 1,
+    device: Annotated[Device, typer.Option(help="Where the engines compute.")] = Device.AUTO,
+    host: Annotated[
+        str, typer.Option(help="Beyond loopback the gateway needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="A free one where taken.")] = 8000,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready.")] = False,
+) -> None:
+    """Start the platform: bus, gateway, scheduler, worker and cache. Ctrl-C stops it."""
+    from deepflow.cli import up as command
+    from deepflow.cli.launcher import Plan
+
+    plan = Plan(
+        models=tuple(model or [command.DEFAULT_MODEL]),
+        num_workers=workers,
+        host=host,
+        port=port,
+        device=device.value,
+    )
+    with _answering():
+        raise typer.Exit(command.up(_home(), plan, detach=detach))
+
+
+@app.command()
+def down() -> None:
+    """Stop the platform; requests in flight are finished first."""
+    from deepflow.cli import up as command
+    from shared.config import Settings
+
+    # The launcher gives every service its grace, one after the other.
+    command.down(_home(), 4 * Settings.load(os.environ).grace_s)
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="smollm2-135m, hf:org/name, a folder, a .gguf file")],
+    name: Annotated[str | None, typer.Option(help="Serve it under this name.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the checksums.")] = False,
+) -> None:
+    """Fetch a model onto this machine."""
+    from deepflow.cli import models
+
+    with _answering():
+        models.pull(_home(), model, name, verify=verify)
+
+
+@app.command("models")
+def list_models() -> None:
+    """List the models of this machine."""
+    from deepflow.cli import models
+
+    models.show(_home())
+
+
+@app.command()
+def chat(model: Annotated[str | None, typer.Argument(help="One that is served.")] = None) -> None:
+    """Talk to a model in the terminal."""
+    from deepflow.cli import chat as command
+
+    command.chat(_home(), model)
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show services, engines, models, load and KV use."""
+    from deepflow.cli import status as command
+
+    command.show(_home(), as_json=as_json)
+
+
+@app.command()
+def logs(
+    service: Annotated[str | None, typer.Argument(help="gateway, worker, nats, ...")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as they grow.")] = False,
+) -> None:
+    """Show the services' logs."""
+    from deepflow.cli import logs as command
+
+    with contextlib.suppress(KeyboardInterrupt):
+        command.show(_home(), service, follow=follow)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],  # the benches explain themselves
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Measure: every performance claim, re-runnable."""
+    from deepflow.bench.cli import app as benches
+
+    benches(args=context.args, prog_name="deepflow bench")
+
+
+def main() -> None:
+    """The console script."""
+    log.configure("error")  # a warning of the bus is no news for the person at the terminal
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""docker-compose.yml: valid, tight, and able to answer a chat, run as its processes on a machine without an engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepflow.cli.launcher import DRAIN_ORDER
+from deepflow.deploy.nats_config import PRODUCER
+from tests.cli import machine
+from tests.cli.machine import ROOT, Machine
+from tests.worker.tiny import make_tiny
+
+SERVICES = ("cache", "worker", "scheduler", "gateway")
+# A client in the machine's network: argv is url, key, JSON body; prints status and body.
+_CLIENT = """
+import sys, urllib.error, urllib.request
+url, key, body = sys.argv[1:]
+headers = {"Content-Type": "application/json"}
+if key: headers["Authorization"] = "Bearer " + key
+try:
+    with urllib.request.urlopen(urllib.request.Request(url, body.encode() or None, headers), timeout=30) as answer:
+        print(answer.status, answer.read().decode())
+except urllib.error.HTTPError as error:
+    print(error.code, error.read().decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def described() -> dict[str, Any]:
+    """The file, with no variable set."""
+    return machine.read({})
+
+
+@pytest.mark.service
+def test_the_file_is_valid() -> None:
+    """The schema of the compose specification accepts it."""
+    check = Path(sysconfig.get_path("scripts"), "check-jsonschema")
+    result = subprocess.run(
+        [check, "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+
+
+def test_only_the_gateway_is_published_and_only_on_loopback(described: dict[str, Any]) -> None:
+    """Nobody outside this host reaches anything, and nobody at all reaches the bus."""
+    published = {
+        name: one["ports"] for name, one in described["services"].items() if "ports" in one
+    }
+    assert published == {"gateway": ["127.0.0.1:8000:8000"]}
+    assert described["networks"]["bus"]["internal"] is True
+
+
+def test_a_service_sees_its_own_secrets_only(described: dict[str, Any]) -> None:
+    """Each secret volume belongs to one service; `init` writes them all."""
+    for name, service in described["services"].items():
+        secrets = [v.split(":") for v in service["volumes"] if "-secret:" in v]
+        if name != "init":
+            assert [volume for volume, *_ in secrets] == [f"{name}-secret"]
+            assert all(options == ["ro"] for *_, options in ([v[0], v[1], v[2:]] for v in secrets))
+
+
+def test_every_service_is_bounded_and_watched(described: dict[str, Any]) -> None:
+    """A memory limit each, and for what stays: a health check, and time enough to drain."""
+    for name, service in described["services"].items():
+        assert service["deploy"]["resources"]["limits"]["memory"]
+        if name == "init":
+            continue
+        assert service["healthcheck"]["test"]
+        grace_s = float(service["stop_grace_period"].rstrip("s"))
+        assert grace_s > float(service.get("environment", {}).get("DEEPFLOW_GRACE_S", 0))
+
+
+def test_compose_stops_in_the_drain_order(described: dict[str, Any]) -> None:
+    """It stops against the dependencies, which are a chain: gateway, scheduler, worker, cache, nats."""
+    services = described["services"]
+    chain = ["gateway"]
+    while depends := list(services[chain[-1]].get("depends_on", {})):
+        assert len(depends) == 1
+        chain += depends
+    assert chain == [*DRAIN_ORDER, "init"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_each_service_has_its_image(described: dict[str, Any], service: str) -> None:
+    """A Dockerfile of its own, built from the root, that runs the service's command as nobody special."""
+    build = described["services"][service]["build"]
+    assert build["context"] == "."
+    dockerfile = (ROOT / build["dockerfile"]).read_text()
+    command = described["services"][service]["command"]
+    assert f"CMD {json.dumps(command)}" in dockerfile
+    assert re.search(r"^USER deepflow$", dockerfile, re.MULTILINE)
+    assert ("torch" in dockerfile.lower().replace("no torch", "")) == (service == "worker")
+
+
+class Platform:
+    """The services of the file, started in order."""
+
+    def __init__(self, host: Machine) -> None:
+        self.host = host
+        self.codes: dict[str, int] = {}
+
+    @property
+    def key(self) -> str:
+        """What `init` showed."""
+        found = re.search(r"sk-[0-9a-f]+", self.host.log("init"))
+        assert found, self.host.log("init")
+        return found[0]
+
+    def ask(self, path: str, key: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Status and JSON of the gateway's answer."""
+        text = json.dumps(body) if body is not None else ""
+        command = ["python3", "-c", _CLIENT, f"http://127.0.0.1:8000{path}", key, text]
+        done = subprocess.run(
+            self.host.inside(command), capture_output=True, text=True, check=True, timeout=60
+        )
+        status, _, answer = done.stdout.partition(" ")
+        try:
+            return int(status), json.loads(answer)
+        except ValueError:
+            return int(status), answer
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """Everything up, with a tiny model where `init` would have put a pulled one."""
+    if reason := machine.can_run():
+        pytest.skip(reason)
+    host = Machine(tmp_path_factory.mktemp("compose"), {"DEEPFLOW_MODELS": "tiny"})
+    make_tiny(host.volume("models") / "models" / "tiny")
+    started = Platform(host)
+    try:
+        for name in host.start_order():
+            process = host.start(name)
+            if name == "init":
+                assert process.wait(60) == 0, host.log(name)
+            else:
+                host.wait_healthy(name)
+        yield started
+    finally:
+        host.close()
+
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+
+
+@pytest.mark.system
+@pytest.mark.timeout(180)
+class TestPlatform:
+    """In order: asked, looked at, stopped."""
+
+    def test_a_chat_goes_through_with_the_key(self, platform: Platform) -> None:
+        """`init`'s key opens the gateway, and the answer has the tokens asked for."""
+        for _ in range(300):
+            if platform.ask("/ready", "")[0] == 200:
+                break
+        status, answer = platform.ask("/v1/chat/completions", platform.key, CHAT)
+        assert status == 200, (answer, *map(platform.host.log, SERVICES))
+        assert 1 <= answer["usage"]["completion_tokens"] <= 8
+        assert answer["choices"][0]["finish_reason"] in ("length", "stop")
+
+    def test_nothing_goes_through_without_it(self, platform: Platform) -> None:
+        """No key and a wrong key are 401."""
+        for key in ("", "sk-wrong"):
+            assert platform.ask("/v1/chat/completions", key, CHAT)[0] == 401
+
+    def test_a_producer_is_answered(self, platform: Platform) -> None:
+        """A program on the bus gets its stream with the producers' password, over an account that has only prompts."""
+        password = (
+            (platform.host.volume(f"{PRODUCER}-secret") / "nats-password").read_text().strip()
+        )
+        script = f"""
+import asyncio, json, nats
+async def main():
+    bus = await nats.connect("nats://127.0.0.1:4222", user={PRODUCER!r}, password={password!r})
+    inbox, seen = bus.new_inbox(), asyncio.Queue()
+    async def hear(message): seen.put_nowait(message.data)
+    await bus.subscribe(inbox, cb=hear)
+    await bus.publish("deepflow.v1.prompt.tiny", json.dumps({CHAT!r}).encode(), reply=inbox)
+    while True:
+        data = await asyncio.wait_for(seen.get(), 30)
+        print(data.decode())
+        if not data or b"DONE" in data or b"usage" in data or b"error" in data:
+            break
+    await bus.close()
+asyncio.run(main())
+"""
+        scripts = Path(sysconfig.get_path("scripts"), "python")
+        done = subprocess.run(
+            platform.host.inside([str(scripts), "-c", script]),
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr + platform.host.log("gateway")
+        assert "tiny" in done.stdout
+        assert "error" not in done.stdout, done.stdout
+
+    def test_the_permissions_suffice(self, platform: Platform) -> None:
+        """In all of the above the bus refused nothing to anybody."""
+        assert "Violation" not in platform.host.log("nats")
+        for service in SERVICES:
+            assert "permissions violation" not in platform.host.log(service).lower()
+
+    def test_the_services_share_no_folder_but_their_volumes(self, platform: Platform) -> None:
+        """What one writes to /tmp or /dev/shm the next one does not see, nor anybody else's secrets."""
+        probe = (
+            "import os, sys; sys.exit(bool(os.listdir('/dev/shm')) or os.path.exists('/tmp/mark'))"
+        )
+        write = "open('/tmp/mark', 'w').close(); open('/dev/shm/mark', 'w').close()"
+        assert platform.host.start("worker", ["python", "-c", write]).wait() == 0
+        assert platform.host.start("cache", ["python", "-c", probe]).wait() == 0
+        show = "import os; print('secrets:', sorted(os.listdir('/run/deepflow')))"
+        assert platform.host.start("cache", ["python", "-c", show]).wait() == 0
+        assert "secrets: ['nats-password']" in platform.host.log("cache")
+
+    def test_init_keeps_what_is_there(self, platform: Platform) -> None:
+        """Another start of the same volumes shows the same key."""
+        assert platform.host.start("init").wait(60) == 0
+        assert set(re.findall(r"sk-[0-9a-f]+", platform.host.log("init"))) == {platform.key}
+
+    def test_they_stop_in_order(self, platform: Platform) -> None:
+        """Each drains on SIGTERM by itself and ends well."""
+        for service in DRAIN_ORDER:
+            platform.codes[service] = platform.host.stop(service)
+        assert platform.codes == dict.fromkeys(DRAIN_ORDER, 0)

@@ -1,0 +1,202 @@
+"""`deepflow up` with a tiny model and real processes: starting, looking, mending, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.worker.tiny import make_tiny
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+NAMES = {"launcher", "nats", "gateway", "scheduler", "worker", "cache"}
+
+
+class Command:
+    """The `deepflow` command in a home of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        make_tiny(self.home / "cache" / "models" / "tiny")
+        self.output = folder / "up.out"
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("DEEPFLOW_")}
+        self.env |= {"DEEPFLOW_HOME": str(self.home), "DEEPFLOW_GRACE_S": "5"}
+        self._started: list[psutil.Process] = []
+
+    def run(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        """One command, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "deepflow.cli.main", *arguments],
+            env=self.env, input=text, capture_output=True, text=True, timeout=90, check=False,
+        )  # fmt: skip
+
+    def up(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """`deepflow up` in the foreground, until it says that it is ready."""
+        with self.output.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "deepflow.cli.main", "up", "--model", "tiny", *arguments],
+                env=self.env, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+        self._started.append(psutil.Process(process.pid))
+        wait(lambda: "ready at" in self.said() or process.poll() is not None, self.said)
+        return process
+
+    def said(self) -> str:
+        """What `deepflow up` has printed."""
+        return self.output.read_text()
+
+    def status(self) -> dict[str, Any]:
+        """`deepflow status --json`."""
+        result = self.run("status", "--json")
+        assert result.returncode == 0, result.stderr
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of this home, whoever its parent is by now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                mine = process.environ().get("DEEPFLOW_HOME") == str(self.home)
+            except psutil.Error:
+                continue
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    def close(self) -> None:
+        """End all that still runs."""
+        for process in self.family():
+            process.kill()
+
+
+def wait(until: Callable[[], bool], explain: Callable[[], object], within_s: float = 60) -> None:
+    """Until it is so."""
+    give_up = time.monotonic() + within_s
+    while not until():
+        assert time.monotonic() < give_up, explain()
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Command]:
+    """A fresh home with a tiny model in its cache."""
+    made = Command(tmp_path)
+    yield made
+    made.close()
+
+
+def test_ctrl_c_stops_what_up_started(command: Command) -> None:
+    """Up says one ready line, with the gateway's address first; Ctrl-C drains and leaves nothing behind."""
+    process = command.up("--port", "0")
+    said = command.said()
+    assert said.count("ready at") == 1, said
+    url = re.findall(r"http://[^\s/]+", said)[0]
+    status = command.status()
+    assert status["url"] == url
+    assert {service["name"] for service in status["services"]} == NAMES
+    assert [(te["model"], te["role"], te["state"]) for te in status["tes"]] == [
+        ("tiny", "colocated", "ready")
+    ]
+    assert psutil.pid_exists(status["tes"][0]["pid"])
+    assert "tiny" in command.run("status").stdout
+
+    again = command.run("up", "--model", "tiny")
+    assert again.returncode == 1
+    assert url in again.stderr
+
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0, command.said()
+    wait(lambda: not command.family(), command.family, 5)
+    assert not (command.home / "instance.json").exists()
+    assert command.run("status").returncode == 1
+
+
+def test_a_detached_instance_is_used_mended_and_stopped(command: Command) -> None:
+    """--detach returns when it is ready; whatever is killed comes back; `down` ends it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = command.run("up", "--model", "tiny", "--port", str(port), "--detach")
+    assert result.returncode == 0, result.stderr
+    assert f"Port {port} is taken" in result.stdout
+
+    chat = command.run("chat", text="Hello\n")
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.strip()
+    assert "service_started" in command.run("logs", "gateway").stdout
+
+    before = command.status()
+    nats_url = json.loads((command.home / "instance.json").read_text())["nats_url"]
+    killed = {s["name"]: s["pid"] for s in before["services"] if s["name"] != "launcher"}
+    for pid in killed.values():
+        os.kill(pid, signal.SIGKILL)
+
+    def is_mended() -> bool:
+        now = command.status()
+        pids = {s["name"]: s["pid"] for s in now["services"] if s.get("ready")}
+        new = all(pids.get(name, pid) != pid for name, pid in killed.items())
+        return new and any(te["state"] == "ready" for te in now["tes"])
+
+    wait(is_mended, lambda: (command.home / "logs/launcher.log").read_text())
+    assert json.loads((command.home / "instance.json").read_text())["nats_url"] == nats_url
+    wait(lambda: command.run("chat", text="Hello\n").returncode == 0, command.status, 30)
+
+    down = command.run("down")
+    assert down.returncode == 0, down.stderr
+    wait(lambda: not command.family(), command.family, 5)
+
+
+def test_nobody_outlives_a_killed_launcher(command: Command) -> None:
+    """kill -9 of the launcher ends every process of its instance, and the home is free again."""
+    process = command.up("--port", "0")
+    process.kill()
+    process.wait()
+    wait(lambda: not command.family(), command.family, 30)
+    assert "Nothing runs" in command.run("status").stderr
+
+
+def test_a_child_that_keeps_dying_ends_everything(command: Command) -> None:
+    """After five deaths within a minute the launcher stops the rest, says why, and fails."""
+    process = command.up("--port", "0")
+    instance = command.home / "instance.json"
+    for death in range(1, 6):
+        pid = json.loads(instance.read_text())["services"]["cache"]
+        os.kill(pid, signal.SIGKILL)
+        if death < 5:
+            wait(
+                lambda pid=pid: json.loads(instance.read_text())["services"].get("cache") not in (None, pid),  # type: ignore[misc]
+                command.said,
+            )  # fmt: skip
+    assert process.wait(60) == 1
+    assert "cache was killed by SIGKILL, for the fifth time within a minute" in command.said()
+    assert command.family() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--model", "no-such-model"), "no-such-model"),
+        (("--model", "tiny", "--host", "0.0.0.0"), "DEEPFLOW_API_KEYS"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    command: Command, arguments: tuple[str, ...], reason: str
+) -> None:
+    """A detached start that fails is told like one in the foreground, and leaves nothing behind."""
+    result = command.run("up", *arguments, "--detach")
+    assert result.returncode == 1
+    assert reason in result.stderr
+    assert command.family() == []
