@@ -1,0 +1,1 @@
+"""The worker: pod host, Task Executor and the FlowServe engine."""

@@ -1,0 +1,97 @@
+"""What a TE has taken on, and whether it takes more. Pure: the clock is passed in.
+
+The answer to a task is the admission, so it must be known at once and be final: the books are kept here, on the
+shell's side, and the engine cannot refuse what they let in. A bound of so many choices makes refusals cheap and the
+queue finite. This module must not know the bus, the engine or its thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from shared.errors import InvalidRequest, Overloaded, Unavailable
+from shared.messages import TaskKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from shared.messages import Request, Task
+
+REMEMBERED_S: Final = 10.0  # how long the end of a task is remembered, for a repeated one
+
+
+class Admission:
+    """The tasks this TE owes an end, by (request, attempt), and those that ended of late."""
+
+    def __init__(
+        self, *, model: str, max_choices: int, validate: Callable[[Request], None]
+    ) -> None:
+        """`max_choices` bounds the choices under way; `validate` raises InvalidRequest for what can never run."""
+        self.model = model
+        self.max_choices = max_choices
+        self.draining = False
+        self.num_choices = 0
+        self._validate = validate
+        self._tasks: dict[tuple[str, int], Task] = {}
+        self._newest: dict[str, int] = {}  # attempt of each request under way
+        self._ended: OrderedDict[tuple[str, int], float] = OrderedDict()
+
+    def admit(self, task: Task, now: float, *, wait_s: float = 1.0) -> bool:
+        """Take `task`; False if it had been taken before, so that nothing is left to do.
+
+        Raises InvalidRequest (not for this TE, or too long), Overloaded (full; come again after `wait_s`), Unavailable
+        (draining). A request of more choices than the bound is taken when nothing else is under way.
+        """
+        request = task.request
+        key = (request.request, request.attempt)
+        self._forget(now)
+        if key in self._tasks or key in self._ended:
+            return False
+        newest = self._newest.get(request.request)
+        if newest is not None and newest > request.attempt:
+            raise InvalidRequest("a newer attempt of the request is under way")
+        if task.kind is not TaskKind.GENERATE:
+            raise InvalidRequest(f"a serving TE does not run tasks of kind {task.kind}")
+        if request.model != self.model:
+            raise InvalidRequest(f"this TE serves {self.model!r}", param="model")
+        if self.draining:
+            raise Unavailable("the TE is draining")
+        self._validate(request)
+        # The attempt that this one replaces is over as soon as the engine sees it.
+        older = None if newest is None else self._tasks.get((request.request, newest))
+        others = self.num_choices - (0 if older is None else _num_choices(older.request))
+        if others and others + _num_choices(request) > self.max_choices:
+            raise Overloaded("the TE is full", retry_after_s=wait_s)
+        self._tasks[key] = task
+        self._newest[request.request] = request.attempt
+        self.num_choices += _num_choices(request)
+        return True
+
+    def ended(self, request: str, attempt: int, now: float) -> Task | None:
+        """(request, attempt) has come to its end: its task, None if it is not owed one."""
+        task = self._tasks.pop((request, attempt), None)
+        if task is None:
+            return None
+        self.num_choices -= _num_choices(task.request)
+        if self._newest[request] == attempt:
+            del self._newest[request]
+        self._forget(now)
+        self._ended[(request, attempt)] = now
+        return task
+
+    def tasks(self) -> list[Task]:
+        """Every task that is owed an end."""
+        return list(self._tasks.values())
+
+    def _forget(self, now: float) -> None:
+        while self._ended:
+            key, when = next(iter(self._ended.items()))
+            if now - when <= REMEMBERED_S:
+                break
+            del self._ended[key]
+
+
+def _num_choices(request: Request) -> int:
+    """Choices of `request` that are still to be generated."""
+    return request.sampling.n - len(request.ended)

@@ -1,0 +1,65 @@
+"""Makes a TE's engine: weights, KV cache, one warm-up request. Runs in the engine's thread, and imports torch.
+
+This module must not know the bus or the shell.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from services.worker.flowserve.engine import Engine
+from services.worker.settings import PAGE
+from shared.messages import Request, Sampling
+
+if TYPE_CHECKING:
+    from services.worker.settings import TeSettings
+    from shared.catalog import ModelFolder
+
+_WARM_UP_PROMPT: Final = (
+    PAGE - 3
+)  # with three tokens of output no page is computed whole: nothing enters the index
+_UNBOUNDED: Final = 1 << 30
+
+
+def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
+    """The engine for one model, warmed up. Raises DeepFlowError naming what is wrong with the model or the memory."""
+    torch.set_num_threads(settings.threads)
+    engine = Engine.from_folder(
+        folder.path,
+        dtype=settings.dtype,
+        kv_tokens=settings.kv_tokens or None,
+        kv_bytes=settings.kv_bytes,
+        page=PAGE,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+        max_waiting=_UNBOUNDED,  # the shell's books are the bound: what they let in is not refused here
+    )
+    _warm_up(engine)
+    # What was made so far stays: the collector need not visit it again.
+    gc.collect()
+    gc.freeze()
+    return engine
+
+
+def _warm_up(engine: Engine) -> None:
+    """One short request, so that the first real one does not pay for lazy initialisation."""
+    engine.submit(
+        Request(
+            request="warm-up",
+            attempt=0,
+            client="",
+            model="",
+            tenant="",
+            prompt=[0] * min(_WARM_UP_PROMPT, engine.context - 1),
+            root=b"",
+            hashes=[],
+            sampling=Sampling(max_tokens=3, seed=0, temperature=0.0, ignore_eos=True),
+            deadline_ms=600_000,
+            park_ms=0,
+        )
+    )
+    while engine.has_work():
+        engine.step()

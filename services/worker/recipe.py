@@ -1,0 +1,40 @@
+"""What keys, values and tokens of a model depend on, as one digest; and the model's entry in the catalogue.
+
+Two TEs whose digests are equal compute equal KV pages, so the digest is part of every page hash's root. This module
+must not know how a recipe is executed (no torch).
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+from shared.messages import ModelEntry
+
+if TYPE_CHECKING:
+    from shared.catalog import ModelFolder
+
+# Changes with every change of the arithmetic that changes keys or values.
+_ARITHMETIC = "flowserve 1"
+
+
+def recipe_digest(folder: ModelFolder, *, dtype: str, page: int) -> str:
+    """32 hex characters over weights, arithmetic, KV type and layout."""
+    parts = (folder.weights_digest, _ARITHMETIC, dtype, str(page))
+    return blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def model_entry(folder: ModelFolder, *, dtype: str, page: int) -> ModelEntry:
+    """How the catalogue describes this model, served in `dtype` with KV pages of `page` tokens."""
+    return ModelEntry(
+        name=folder.name,
+        folder=folder.path.name,
+        context=folder.context,
+        vocab=folder.vocab,
+        page=page,
+        eos_ids=folder.eos_ids,
+        tokenizer_digest=folder.tokenizer_digest,
+        template_digest=folder.template_digest,
+        recipe_digest=recipe_digest(folder, dtype=dtype, page=page),
+        created=folder.created,
+    )

@@ -1,0 +1,110 @@
+"""Settings of the pod host and of its Task Executors: one frozen value, read once from `DEEPFLOW_*` variables.
+
+A pod host hands its own environment down to its TEs and adds the three variables that make a TE one (`for_te`). This
+module must not know processes, the bus or torch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shared.config import ConfigError, Reader, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DTYPES = ("w8a8", "fp32", "bf16")
+PAGE = 16  # tokens per KV page on CPU and CUDA; also the hash granularity
+_KV_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings(Settings):
+    """What a pod host needs, and what all its TEs have in common."""
+
+    models: tuple[str, ...]
+    num_tes: int  # of each model
+    dtype: str
+    kv_bytes: int  # per TE; counts only where `kv_tokens` is 0
+    kv_tokens: int  # per TE
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_waiting: int
+    threads: int  # compute threads of one TE
+    load_timeout_s: float  # a TE that is not ready by then is replaced
+
+    @classmethod
+    def read(cls, reader: Reader) -> dict[str, Any]:
+        """The fields' values. Raises ConfigError."""
+        # A model that is named twice is served by one group of TEs.
+        names = reader.text("DEEPFLOW_MODELS", "smollm2-135m").split(",")
+        models = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+        if not models:
+            raise ConfigError("DEEPFLOW_MODELS names no model")
+        num_tes = reader.integer("DEEPFLOW_WORKERS", 1, 1, 1024)
+        threads = reader.integer("DEEPFLOW_THREADS", 0, 0, 1024)
+        max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
+        return Settings.read(reader) | {
+            "models": models,
+            "num_tes": num_tes,
+            "dtype": reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES),
+            "kv_bytes": reader.integer("DEEPFLOW_KV_BYTES", _KV_BYTES, 1, 1 << 50),
+            "kv_tokens": reader.integer("DEEPFLOW_KV_TOKENS", 0, 0, 1 << 40),
+            "max_num_seqs": max_num_seqs,
+            # Every sequence of the batch moves on in every step.
+            "max_batched_tokens": reader.integer(
+                "DEEPFLOW_MAX_BATCHED_TOKENS", max(256, max_num_seqs), max_num_seqs, 1 << 20
+            ),
+            "max_waiting": reader.integer("DEEPFLOW_MAX_WAITING", 256, 0, 1 << 20),
+            "threads": threads or max(1, _num_cores() // (num_tes * len(models))),
+            "load_timeout_s": reader.number("DEEPFLOW_LOAD_TIMEOUT_S", 600.0, 1.0, 86400.0),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeSettings(WorkerSettings):
+    """What one TE needs."""
+
+    model: str
+    pod: str  # the instance name of its pod host
+
+    @classmethod
+    def read(cls, reader: Reader) -> dict[str, Any]:
+        """The fields' values. Raises ConfigError."""
+        fields = WorkerSettings.read(reader)
+        model, pod = reader.text("DEEPFLOW_TE_MODEL", ""), reader.text("DEEPFLOW_TE_POD", "")
+        for name, value in (("DEEPFLOW_TE_MODEL", model), ("DEEPFLOW_TE_POD", pod)):
+            if not value:
+                raise ConfigError(f"{name} is not set: a TE is started by a pod host")
+        return fields | {"model": model, "pod": pod}
+
+
+def for_te(
+    env: Mapping[str, str], settings: WorkerSettings, *, model: str, pod: str
+) -> dict[str, str]:
+    """The environment of a TE of `model`: the pod host's own, and what makes it that TE."""
+    threads = str(settings.threads)
+    return {
+        **env,
+        "DEEPFLOW_TE_MODEL": model,
+        "DEEPFLOW_TE_POD": pod,
+        "DEEPFLOW_INSTANCE": "",
+        "DEEPFLOW_PARENT_PID": str(os.getpid()),
+        "DEEPFLOW_METRICS_PORT": "0",  # its numbers are on the pod host's port
+        "DEEPFLOW_METRICS_HOST": "127.0.0.1",
+        "DEEPFLOW_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        # torch would load every accelerator plug-in it finds; a device module imports its own.
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+
+
+def _num_cores() -> int:
+    """Cores this process may run on (a container's share, not the machine's)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,339 @@
+"""The TE-shell: everything a Task Executor says and hears on the bus.
+
+It admits tasks, hands work to the engine's thread, and turns each of the engine's reports into one frame per client,
+the changes of the index, and the ends of tasks. All of its state lives in the event loop. It must not know how tokens
+are made, and it never waits for a step before it answers a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from services.worker.admission import Admission
+from services.worker.clients import Clients
+from services.worker.loop import EngineLoop, Report
+from services.worker.pulse import Pulse
+from services.worker.recipe import recipe_digest
+from services.worker.registrar import Registrar
+from services.worker.settings import PAGE, TeSettings
+from shared.bus import failure
+from shared.errors import DeepFlowError, TooLarge, Unavailable
+from shared.messages import (
+    Accepted,
+    Beat,
+    BlockEvents,
+    BlocksDump,
+    BlocksQuery,
+    Cancel,
+    Delta,
+    Down,
+    Registration,
+    Replay,
+    Replayed,
+    Request,
+    Task,
+    TaskEnded,
+    TeBeat,
+    Tokens,
+)
+from shared.service import Service, host_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from services.worker.flowserve.engine import Engine
+    from services.worker.flowserve.outcome import Ended
+    from shared.catalog import ModelFolder
+
+_JUDGE_S: Final = 0.25
+_RETRY_S: Final = (1.0, 60.0)  # what a refused task is told to wait, at least and at most
+
+
+class Shell:
+    """One TE on the bus. `load` makes its engine; it runs in the engine's thread."""
+
+    def __init__(
+        self, service: Service[TeSettings], folder: ModelFolder, load: Callable[[], Engine]
+    ) -> None:
+        settings = service.settings
+        self._service = service
+        self._bus = service.bus
+        self._log = service.log
+        self._te = service.id
+        self._model = settings.model
+        self._registration = Registration(
+            kind="te",
+            id=service.id,
+            host=host_name(),
+            pid=os.getpid(),
+            model=settings.model,
+            pod=settings.pod,
+            page=PAGE,
+            recipe_digest=recipe_digest(folder, dtype=settings.dtype, page=PAGE),
+        )
+        self._state = "loading"
+        self._pulse = Pulse()
+        self._clients = Clients()
+        self._registrar = Registrar(service.bus, service.log)
+        self._reports: asyncio.Queue[Report] = asyncio.Queue()
+        self._loop = EngineLoop(load, self._reports.put_nowait, self._pulse)
+        self._engine: Engine | None = None  # only for what may be asked from another thread
+        self._admission: Admission | None = None
+        self._before: Counter[str] = Counter()  # the engine's counters when it was ready
+        self._ledger: dict[str, Any] = {}
+        self._task_ended = asyncio.Event()
+        self._num_lost = 0  # messages that the bus would not take
+        self._giving_up = False  # the grace is over: what is cancelled now has failed
+
+    async def open(self) -> None:
+        """Start loading and beating; the rest follows once the engine is ready."""
+        service, subjects = self._service, self._bus.subjects
+        self._loop.start()
+        service.status(self._status, lambda: self._ledger)
+        service.on_drain(self._drain)
+        service.beat(self._beat)
+        self._bus.on_disconnect(self._clients.hold)
+        self._bus.on_reconnect(lambda: self._clients.resume(time.monotonic()))
+        await self._bus.listen(subjects.beat("gateway", "*"), (Beat,), self._client_beat)
+        await self._bus.listen(subjects.down("gateway", "*"), (Down,), self._client_down)
+        for name, work in (
+            ("engine", self._loop.watch()),
+            ("serve", self._serve()),
+            ("send", self._send()),
+            ("judge", self._judge()),
+            ("registrar", self._registrar.keep()),
+        ):
+            service.tasks.create_task(work, name=name)
+
+    async def _serve(self) -> None:
+        """Wait for the engine, and open the doors."""
+        engine = self._engine = await self._loop.ready
+        settings, subjects = self._service.settings, self._bus.subjects
+        self._admission = Admission(
+            model=self._model,
+            max_choices=settings.max_num_seqs + settings.max_waiting,
+            validate=engine.validate,
+        )
+        self._before = Counter(engine.counters)
+        self._ledger = engine.ledger()
+        kinds: tuple[type[Task | Replay], ...] = (Task, Replay)
+        await self._bus.serve(subjects.task(self._te), kinds, self._take)
+        await self._bus.serve(subjects.blocks_dump(self._te), (BlocksQuery,), self._dump)
+        await self._bus.listen(subjects.cancel(self._te), (Cancel,), self._cancel)
+        self._registrar.put("registrations", self._te, self._registration)
+        if not self._service.stopping.is_set():
+            self._state = "ready"
+            self._service.ready()
+        self._log.info("te_ready", model=self._model, blocks=engine.load().blocks_total)
+
+    # ------------------------------------------------------------------------------------------------ what comes in
+
+    async def _take(self, message: Task | Replay) -> Accepted | Replayed:
+        if isinstance(message, Replay):
+            replay = message
+            return Replayed(deltas=await self._loop.ask(lambda engine, _: engine.replay(replay)))
+        assert self._admission is not None
+        assert self._engine is not None
+        request, now = message.request, time.monotonic()
+        try:
+            is_new = self._admission.admit(message, now)
+        except DeepFlowError as error:
+            if error.retry_after_s is not None:
+                low, high = _RETRY_S
+                error.retry_after_s = min(max(self._engine.load().outstanding_s / 2, low), high)
+            raise
+        if is_new:
+            self._clients.began(request.client, now)
+            self._loop.post(partial(_submit, request))
+        return Accepted(request=request.request, attempt=request.attempt, by=self._te, te=self._te)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        def drop(engine: Engine, report: Report) -> None:
+            report.deltas += engine.cancel(cancel)
+
+        self._loop.post(drop)
+
+    async def _dump(self, _: BlocksQuery) -> BlocksDump:
+        return await self._loop.ask(
+            lambda engine, seq: BlocksDump(
+                te=self._te, model=self._model, seq=seq, hashes=engine.index_snapshot()
+            )
+        )
+
+    def _client_beat(self, beat: Beat) -> None:
+        self._clients.beat(beat.id, time.monotonic())
+
+    def _client_down(self, down: Down) -> None:
+        if self._clients.down(down.id):
+            self._drop_client(down.id, down.reason)
+
+    async def _judge(self) -> None:
+        """Drop the work of clients that have fallen silent."""
+        while True:
+            await asyncio.sleep(_JUDGE_S)
+            for client in self._clients.lost(time.monotonic()):
+                self._drop_client(client, "silent")
+
+    def _drop_client(self, client: str, reason: str) -> None:
+        self._log.info("client_lost", client=client, reason=reason)
+        self._loop.post(lambda engine, _: engine.cancel_client(client))
+
+    # ------------------------------------------------------------------------------------------------ what goes out
+
+    async def _send(self) -> None:
+        """Send what the engine reports, in order."""
+        while True:
+            report = await self._reports.get()
+            if report.error is not None:
+                self._log.error("step_failed", exc_info=report.error)
+            self._ledger = report.ledger
+            frames: dict[str, list[Delta]] = {}
+            for client, delta in report.deltas:
+                if self._clients.alive(client):
+                    frames.setdefault(client, []).append(self._verdict(delta))
+            for client, deltas in frames.items():
+                await self._send_tokens(client, deltas)
+            for ended in report.ended:
+                await self._send_ended(ended)
+            if report.stored or report.removed:
+                subject = self._bus.subjects.blocks(self._model, self._te)
+                events = BlockEvents(
+                    te=self._te,
+                    model=self._model,
+                    seq=report.seq,
+                    stored=report.stored,
+                    removed=report.removed,
+                )
+                await self._publish(subject, events)
+            self._reports.task_done()
+            await asyncio.sleep(0)  # neither get() nor publish() yields while there is more
+
+    def _verdict(self, delta: Delta) -> Delta:
+        """What is cancelled because the TE leaves has failed, in a way that is worth another try elsewhere."""
+        if not self._giving_up or delta.finish != "cancelled":
+            return delta
+        error = Unavailable("the TE was drained before the request was done", retry_after_s=0.0)
+        return replace(delta, finish="failed", failure=failure(error))
+
+    async def _send_tokens(self, client: str, deltas: list[Delta]) -> None:
+        """One frame, or several where one would pass the bus's limit."""
+        frame = Tokens(source=self._te, seq=self._clients.next_frame(client), deltas=deltas)
+        try:
+            await self._bus.publish(self._bus.subjects.tokens(client), frame)
+        except TooLarge as error:
+            middle = len(deltas) // 2
+            if not middle:
+                self._lose(error)
+                return
+            await self._send_tokens(client, deltas[:middle])
+            await self._send_tokens(client, deltas[middle:])
+        except DeepFlowError as error:
+            self._lose(error)
+
+    async def _send_ended(self, ended: Ended) -> None:
+        """The engine is done with a request: strike it off the books and tell its JE."""
+        assert self._admission is not None
+        task = self._admission.ended(ended.request, ended.attempt, time.monotonic())
+        self._task_ended.set()
+        if task is None:
+            return
+        message = TaskEnded(
+            task=task.task,
+            request=ended.request,
+            attempt=ended.attempt,
+            te=self._te,
+            finish=ended.finish,
+            prompt_tokens=ended.prompt_tokens,
+            cached_tokens=ended.cached_tokens,
+            output_tokens=ended.output_tokens,
+        )
+        await self._publish(self._bus.subjects.events(task.je), message)
+
+    async def _publish(self, subject: str, message: object) -> None:
+        try:
+            await self._bus.publish(subject, message)
+        except DeepFlowError as error:
+            self._lose(error)
+
+    def _lose(self, error: DeepFlowError) -> None:
+        """The bus would not take a message. The engine goes on: clients replay, caches ask for a dump."""
+        self._num_lost += 1
+        if self._num_lost.bit_count() == 1:  # the first, and then ever more rarely
+            self._log.warning("message_lost", num_lost=self._num_lost, error=error.message)
+
+    # -------------------------------------------------------------------------------------------------- life and load
+
+    def _beat(self) -> TeBeat:
+        state = "draining" if self._service.stopping.is_set() else self._state
+        service, engine = self._service, self._engine
+        if engine is None:
+            return TeBeat(id=self._te, model=self._model, pod=service.settings.pod, state=state)
+        load = engine.load()
+        counters = Counter(engine.counters)
+        return TeBeat(
+            id=self._te,
+            model=self._model,
+            pod=service.settings.pod,
+            state=state,
+            step=counters["steps"],
+            progress_ms=round(self._pulse.age_s(time.monotonic()) * 1000),
+            step_ms=load.step_ms,
+            running=load.running,
+            waiting=load.waiting,
+            free_slots=load.free_slots,
+            outstanding_s=load.outstanding_s,
+            blocks_total=load.blocks_total,
+            blocks_used=load.blocks_used,
+            blocks_cached=load.blocks_cached,
+            counters={name: float(n - self._before[name]) for name, n in counters.items()},
+        )
+
+    def _status(self) -> dict[str, Any]:
+        beat = self._beat()
+        return {
+            "model": self._model,
+            "pod": beat.pod,
+            "role": "colocated",
+            "state": beat.state,
+            "running": beat.running,
+            "waiting": beat.waiting,
+            "blocks_total": beat.blocks_total,
+            "blocks_used": beat.blocks_used,
+            "blocks_cached": beat.blocks_cached,
+            "messages_lost": self._num_lost,
+            "counters": beat.counters,
+        }
+
+    # ---------------------------------------------------------------------------------------------------- draining
+
+    async def _drain(self) -> None:
+        """Take nothing new, finish within the grace, fail what is left, and let everything out."""
+        if self._admission is not None:
+            self._admission.draining = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._service.settings.grace_s):
+                    while self._admission.tasks():
+                        self._task_ended.clear()
+                        await self._task_ended.wait()
+            self._giving_up = True
+            for task in self._admission.tasks():
+                request = task.request
+                self._cancel(Cancel(request=request.request, attempt=request.attempt))
+            await self._loop.stop()
+            await self._reports.join()
+        await self._registrar.remove("registrations", self._te)
+
+
+def _submit(request: Request, engine: Engine, report: Report) -> None:
+    try:
+        engine.submit(request)
+    except DeepFlowError as error:  # a cancel overtook it: it was accepted, so it gets its end
+        report.deltas += engine.refuse(request, failure(error))

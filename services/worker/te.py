@@ -1,0 +1,53 @@
+"""`python -m services.worker.te`: one Task Executor, started by a pod host. Killing this process kills all of it.
+
+It joins shell and engine. torch is imported in the engine's thread, while the shell already beats.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from services.worker.child import attach
+from services.worker.loop import SWITCH_INTERVAL_S
+from services.worker.settings import TeSettings
+from services.worker.shell import Shell
+from shared.catalog import open_model
+from shared.config import ConfigError
+from shared.service import Service, run
+
+if TYPE_CHECKING:
+    from services.worker.flowserve.engine import Engine
+
+
+async def open_te(service: Service[TeSettings]) -> None:
+    """A TE's `main` for `service.run`. Raises ModelNotFound, Unavailable."""
+    attach(service.id)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    settings = service.settings
+    folder = open_model(settings.cache_dir, settings.model)
+
+    def load() -> Engine:
+        from services.worker.loading import load_engine
+
+        return load_engine(folder, settings)
+
+    await Shell(service, folder, load).open()
+
+
+def main() -> int:
+    """Parse the environment and run until told to stop."""
+    try:
+        settings = TeSettings.load(os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)  # noqa: T201 - before there is a log
+        return 2
+    return run("te", settings, open_te)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # Not sys.exit: the engine's thread may still be in native code, which must not find the interpreter gone.
+    os._exit(code)
