@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# As a TE runs (services/worker/settings.py); read by the OpenMP runtime when torch is loaded, so it stands first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 from shared.bus import Bus
 from shared.config import BusSettings
 from tests.nats_server import NatsServer

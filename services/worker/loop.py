@@ -2,7 +2,7 @@
 
 Why a thread of the shell's process and not a process of its own: one process is one TE, so that killing it kills all
 of it and nothing has to be kept in step; a hand-over is a queue and a wake-up, not an encoding; and a step spends
-nearly all its time in native code, which lets go of the interpreter lock (measured: see `SWITCH_INTERVAL_S`). This
+nearly all its time in native code, which lets go of the interpreter lock. This
 module must not know the bus, nor what is handed in.
 """
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How long the engine's Python may keep the interpreter from the shell. The default of 5 ms shows in every beat, answer
-# and frame; below a tenth of that nothing is gained.
+# How long the engine's Python may keep the interpreter from the shell: with the default of 5 ms, each answer and each
+# frame may come that much later.
 SWITCH_INTERVAL_S: Final = 0.0005
 _MAX_AHEAD: Final = 64  # reports the engine may be ahead of the shell
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.worker.flowserve.model import Decoder
+from services.worker.flowserve.model import Decoder, Span, StepInput, rms_norm, swiglu
+from services.worker.flowserve.rope import rotate
 from tests.worker.drive import PAGE, Driver, Sequence, random_ids
 from tests.worker.tiny import make_tiny
 
@@ -105,9 +106,22 @@ def test_sixty_four_decode_together(decoders: Any) -> None:
 
 def test_a_step_may_sample_nothing(decoders: Any) -> None:
     """A step of prompt chunks alone returns no logits."""
-    from services.worker.flowserve.model import Span, StepInput
-
     decoder, _ = decoders("llama")
     driver = Driver(decoder)
     logits = decoder.forward(StepInput([5, 6], [0, 1], [Span(0, 2, [3])], []), driver.kv)
     assert logits.shape == (0, 512)
+
+
+@pytest.mark.parametrize("count", [1, 2, 60, 109, 151])
+def test_work_between_products_is_row_by_row(count: int) -> None:
+    """Norm, rotation and SwiGLU give a row the same bits in any batch, also with an odd width that leaves tails behind
+    whole vectors and with enough rows for torch to cut them up among threads."""
+    x = torch.randn(151, 602, generator=torch.Generator().manual_seed(1))
+    heads = x[:, :600].reshape(151, 6, 100).contiguous()
+    cos, sin = heads[:, :1].cos(), heads[:, :1].sin()
+    start = (151 - count) // 2
+    rows = slice(start, start + count)
+    weight = x[0].clone()
+    assert torch.equal(rms_norm(x[rows], weight, 1e-5), rms_norm(x, weight, 1e-5)[rows])
+    assert torch.equal(swiglu(x[rows]), swiglu(x)[rows])
+    assert torch.equal(rotate(heads[rows], cos[rows], sin[rows]), rotate(heads, cos, sin)[rows])

@@ -100,7 +100,8 @@ class Decoder:
                 layer, rms_norm(x, layer.attention_norm, self._eps), plan, cos, sin, cache
             )
             x = x + h
-            x = x + _feed_forward(layer, rms_norm(x, layer.mlp_norm, self._eps))
+            h = rms_norm(x, layer.mlp_norm, self._eps)
+            x = x + layer.down(swiglu(layer.gate_up(h)))
         if not step.sample_rows:
             return torch.empty(0, self.config.vocab)
         x = x[torch.tensor(step.sample_rows)]  # [S, width]
@@ -131,10 +132,13 @@ class Decoder:
         return layer.out(plan.attend(heads, cache, layer.window))
 
 
-def _feed_forward(layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-    """SwiGLU, x [T, width] -> [T, width]. silu(g) is g / (1 + exp(-g)), spelt out: see the module's docstring."""
-    gate, up = layer.gate_up(x).chunk(2, dim=-1)  # [T, hidden] each
-    return layer.down(gate.neg().exp_().add_(1.0).reciprocal_().mul_(gate).mul_(up))
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 * hidden], the gate's half first -> silu(gate) * up, [T, hidden].
+
+    silu(g) is g / (1 + exp(-g)), spelt out: torch's own rounds differently where a vector ends (module's docstring).
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate.neg().exp_().add_(1.0).reciprocal_().mul_(gate).mul_(up)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

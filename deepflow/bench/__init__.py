@@ -1,0 +1,1 @@
+"""`deepflow bench`: every performance claim as a command that anybody can run again."""

@@ -1,0 +1,219 @@
+"""`deepflow bench <what>`: the benches as commands. Heavy imports happen in the command that needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Awaitable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deepflow.bench.client import Endpoint
+from deepflow.bench.report import Report
+from deepflow.bench.workload import Dataset
+from deepflow.cli.screen import console, fail
+from shared import catalog
+from shared.catalog import ModelFolder
+from shared.config import ConfigError, Settings
+from shared.errors import DeepFlowError, ModelNotFound
+
+app = typer.Typer(
+    help="Measure: every performance claim, re-runnable.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Standard output belongs to the report.
+_screen = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[
+    str, typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output.")
+]
+Seed = Annotated[int, typer.Option(help="Of prompts and arrivals.")]
+
+
+@app.callback()
+def main() -> None:
+    """Measure: every performance claim, re-runnable."""
+
+
+@app.command()
+def serve(
+    url: Annotated[str, typer.Option("--url", "--base-url")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="As the server names it.")] = "smollm2-135m",
+    num: Annotated[
+        int, typer.Option("--num", "--num-prompts", min=1, help="Requests in all.")
+    ] = 100,
+    concurrency: Annotated[
+        int | None,
+        typer.Option("--concurrency", "--max-concurrency", min=1, help="Requests at a time."),
+    ] = None,
+    request_rate: Annotated[
+        float, typer.Option(min=0.0001, help="Arrivals per second; inf: at once.")
+    ] = float("inf"),
+    burstiness: Annotated[
+        float, typer.Option(min=0.01, help="1 is Poisson; less bunches, more evens out.")
+    ] = 1.0,
+    prompt_len: Annotated[
+        int,
+        typer.Option("--prompt-len", "--input-len", "--random-input-len", min=1, help="Tokens."),
+    ] = 128,
+    output_len: Annotated[
+        int, typer.Option("--output-len", "--random-output-len", min=1, help="Tokens.")
+    ] = 128,
+    dataset_name: Annotated[Dataset, typer.Option()] = Dataset.RANDOM,
+    prefix_len: Annotated[
+        int,
+        typer.Option("--prefix-len", "--prefix-repetition-prefix-len", min=1, help="Tokens."),
+    ] = 256,
+    num_prefixes: Annotated[
+        int, typer.Option("--num-prefixes", "--prefix-repetition-num-prefixes", min=1)
+    ] = 10,
+    endpoint: Annotated[Endpoint, typer.Option()] = Endpoint.COMPLETIONS,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ttft:MS tpot:MS e2el:MS", help="What a good request keeps to."),
+    ] = None,
+    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    num_warmups: Annotated[int, typer.Option(min=0, help="Sent before, not counted.")] = 1,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="Of one request.")] = 600.0,
+    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY")] = "",
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """Load any server of the OpenAI API; flags are named as those of `vllm bench serve`."""
+    from deepflow.bench.sample import Goal
+    from deepflow.bench.serve import Settings, bench_serve
+
+    try:
+        goals = tuple(Goal.parse(text) for text in [*(goodput or ()), *(more_goodput or ())])
+    except ValueError as error:
+        fail(f"--goodput: {error}", 2)
+    settings = Settings(
+        url=url,
+        model=model,
+        num=num,
+        concurrency=concurrency,
+        rate=request_rate,
+        burstiness=burstiness,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        dataset=dataset_name,
+        prefix_len=prefix_len,
+        num_prefixes=num_prefixes,
+        endpoint=endpoint,
+        goals=goals,
+        seed=seed,
+        num_warmups=num_warmups,
+        timeout_s=timeout_s,
+        api_key=api_key,
+    )
+    with _progress() as progress:
+        report = _run(bench_serve(settings, progress))
+    report.write(json, console)
+    if not report.metrics["num_completed"]:
+        fail(f"no request was answered: {'; '.join(report.notes)}")
+
+
+@app.command()
+def bus(
+    quick: Annotated[bool, typer.Option("--quick", help="Only to see that it works.")] = False,
+    model: Annotated[
+        str, typer.Option(help="On this machine, or as `deepflow pull` takes it.")
+    ] = "smollm2-135m",
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """What HTTP and bus cost over the bare engine; starts all it needs in a temporary home. About five minutes."""
+    from deepflow.bench.bus.bench import bench_bus
+    from deepflow.bench.bus.plan import QUICK, Plan
+
+    try:
+        cache_dir = Settings.load(os.environ).cache_dir.absolute()
+        folder = _ensure(model, cache_dir)
+    except ConfigError as error:
+        fail(str(error), 2)
+    except DeepFlowError as error:
+        fail(error.message)
+    with _progress() as progress:
+        plan = QUICK if quick else Plan()
+        report = _run(bench_bus(folder, cache_dir, plan, seed, progress))
+    report.write(json, console)
+
+
+def _ensure(model: str, cache_dir: Path) -> ModelFolder:
+    """The model, pulled if it is not on this machine yet. Raises DeepFlowError."""
+    try:
+        return catalog.open_model(cache_dir, model)
+    except ModelNotFound:
+        from deepflow.models.pull import pull
+
+        return pull(model, cache_dir, progress=_Steps())
+
+
+class _Steps:
+    """A pull's progress, a line per step."""
+
+    def step(self, name: str, total_bytes: int) -> None:
+        """A new step begins."""
+        size = f" ({total_bytes / 1e6:.0f} MB)" if total_bytes else ""
+        _screen.print(f"  {name}{size}", markup=False)
+
+    def advance(self, num_bytes: int) -> None:
+        """Not shown."""
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """Bars on standard error; where that is no terminal, nothing."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    # A bar that is redrawn often would take from what is measured.
+    with Progress(
+        *columns, console=_screen, refresh_per_second=1, disable=not _screen.is_terminal
+    ) as progress:
+        yield progress
+
+
+def _run(bench: Awaitable[Report]) -> Report:
+    """Run a bench to its end; Ctrl-C and SIGTERM let it clean up."""
+
+    async def run() -> Report:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+        return await bench
+
+    failures: list[str] = []
+    report: Report | None = None
+    try:
+        report = uvloop.run(run())
+    except* DeepFlowError as group:
+        failures += map(str, _leaves(group))
+    except* asyncio.CancelledError:
+        failures.append("interrupted")
+    if report is None:
+        fail("; ".join(failures))
+    return report
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error

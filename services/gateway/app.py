@@ -1,0 +1,83 @@
+"""The gateway put together: what is made in which order, the HTTP server, and how all of it ends.
+
+This module must not hold any logic of a request.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from services.gateway.auth import TenantSecrets
+from services.gateway.calls import Calls
+from services.gateway.catalogue import Catalogue
+from services.gateway.counts import Counts
+from services.gateway.http import middleware
+from services.gateway.producers import Producers
+from services.gateway.prompts import Prompts
+from services.gateway.routes import Routes
+from services.gateway.settings import GatewaySettings
+from services.gateway.streams import Streams
+from shared.errors import Unavailable
+from shared.service import Service
+
+
+async def main(service: Service[GatewaySettings]) -> None:
+    """Set the gateway up on a service. Raises Unavailable if the port is taken."""
+    settings, bus, log = service.settings, service.bus, service.log
+    counts = Counts(service.metrics, lambda: len(calls))
+    prompts = Prompts(settings.num_tokenizers, settings.tokenize_timeout_s, log)
+    catalogue = Catalogue(bus, settings.cache_dir, log, prompts.announce)
+    streams = Streams(bus, service.id, service.tasks, counts, log)
+    calls = Calls(settings, catalogue, prompts, streams, TenantSecrets(bus), counts, log)
+    producers = Producers(bus, calls, log)
+
+    app = web.Application(
+        middlewares=[middleware(settings, counts, log)], client_max_size=settings.max_body_bytes
+    )
+    Routes(service, calls, catalogue, prompts).add_to(app)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handle_signals=False,
+        handler_cancellation=True,  # a client that leaves cancels its handler, streaming or not
+        shutdown_timeout=1.0,  # `drain` has waited for calls before
+    )
+
+    await streams.start()
+    await catalogue.start(service.tasks)
+    await prompts.start(service.tasks)
+    await producers.start()
+    await runner.setup()
+    site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, reuse_address=True)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise Unavailable(f"cannot listen on {settings.host}:{settings.port}: {error}") from error
+    address = f"http://{_shown(settings.host)}:{runner.addresses[0][1]}"
+
+    def status() -> dict[str, Any]:
+        return {
+            "url": address,
+            "in_flight": len(calls),
+            "models": [model.name for model in catalogue.models()],
+            "refused_models": catalogue.refused(),
+        }
+
+    async def drain() -> None:
+        calls.draining = True
+        await producers.stop()
+        await calls.drain(settings.grace_s)
+
+    service.status(status)
+    service.on_drain(drain)
+    service.on_drain(runner.cleanup)
+    service.beat()
+    service.ready()
+    log.info("gateway_listening", url=address)
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,77 @@
+"""What a gateway can be told by its environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from services.gateway.auth import Keys, is_loopback
+from shared.config import ConfigError, Reader, Settings
+
+MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings(Settings):
+    """Address, keys, and the bounds of one gateway; replicas may differ."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free port
+    keys: Keys
+    max_body_bytes: int = 8 * MIB
+    max_in_flight: int = 1024  # API calls at once; one more is answered 429
+    deadline_s: float = 600.0  # of one request, end to end
+    park_s: float = 60.0  # of it, without any TE of the model
+    keep_alive_s: float = 10.0  # a silent stream gets a comment so often
+    read_timeout_s: float = 30.0  # for a request's body to arrive
+    num_tokenizers: int = 2
+    tokenize_timeout_s: float = 30.0
+
+    @classmethod
+    def read(cls, reader: Reader) -> dict[str, Any]:
+        """Raises ConfigError naming the variable; a reachable address without keys is one."""
+        host = reader.text("DEEPFLOW_HOST", "127.0.0.1")
+        keys = _keys(reader)
+        if not keys and not is_loopback(host):
+            raise ConfigError(
+                f"DEEPFLOW_HOST={host} can be reached from other machines: set DEEPFLOW_API_KEYS"
+                " (tenant:key,...) or DEEPFLOW_API_KEYS_FILE"
+            )
+        return {
+            **Settings.read(reader),
+            "host": host,
+            "port": reader.integer("DEEPFLOW_PORT", 8000, 0, 65535),
+            "keys": keys,
+            "max_body_bytes": reader.integer("DEEPFLOW_MAX_BODY_BYTES", 8 * MIB, 1024, 1024 * MIB),
+            "max_in_flight": reader.integer("DEEPFLOW_MAX_IN_FLIGHT", 1024, 1, 1_000_000),
+            "deadline_s": reader.number("DEEPFLOW_DEADLINE_S", 600.0, 0.1, 86_400.0),
+            "park_s": reader.number("DEEPFLOW_PARK_S", 60.0, 0.0, 86_400.0),
+            "keep_alive_s": reader.number("DEEPFLOW_KEEP_ALIVE_S", 10.0, 0.05, 3600.0),
+            "read_timeout_s": reader.number("DEEPFLOW_READ_TIMEOUT_S", 30.0, 0.1, 3600.0),
+            "num_tokenizers": reader.integer(
+                "DEEPFLOW_TOKENIZERS", min(4, max(2, (os.cpu_count() or 2) // 4)), 1, 64
+            ),
+            "tokenize_timeout_s": reader.number("DEEPFLOW_TOKENIZE_TIMEOUT_S", 30.0, 0.1, 3600.0),
+        }
+
+
+def _keys(reader: Reader) -> Keys:
+    inline = reader.text("DEEPFLOW_API_KEYS", "")
+    file = reader.text("DEEPFLOW_API_KEYS_FILE", "")
+    if inline and file:
+        raise ConfigError("set DEEPFLOW_API_KEYS or DEEPFLOW_API_KEYS_FILE, not both")
+    name = "DEEPFLOW_API_KEYS"
+    if file:
+        name = "DEEPFLOW_API_KEYS_FILE"
+        try:
+            inline = Path(file).read_text()
+        except OSError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if not inline.strip():
+            raise ConfigError(f"{name}: {file} holds no key")
+    try:
+        return Keys.parse(inline)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
