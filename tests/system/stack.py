@@ -152,7 +152,7 @@ class Stack:
         """The KV ledger of each TE, by TE."""
         status, body = self.get("/debug/kv/ledger")
         assert status == 200, body
-        return {ledger["id"]: ledger for ledger in body["ledgers"]}
+        return {te["id"]: te for te in body["ledgers"] if te["kind"] == "te"}
 
     def wait_idle(self, within_s: float = 5.0) -> dict[str, dict[str, Any]]:
         """Wait until no TE holds live blocks; the balanced ledgers."""

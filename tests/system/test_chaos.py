@@ -33,9 +33,9 @@ def requests() -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-async def expected(stack: Stack) -> list[str]:
+def expected(stack: Stack) -> list[str]:
     """The texts of a quiet run."""
-    return [seen.text for seen in await stream_all(stack.url, requests())]
+    return [seen.text for seen in asyncio.run(stream_all(stack.url, requests()))]
 
 
 def kill_te(stack: Stack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -82,7 +83,7 @@ HAND_WRITTEN: list[tuple[str, bytes, str | None]] = [
     ("tools", with_field("tools", [{"type": "function"}]), "tools"),
     ("response_format", with_field("response_format", {"type": "json_object"}), "response_format"),
     ("max_tokens 0", with_field("max_tokens", 0), "max_tokens"),
-    ("max_tokens past context", with_field("max_tokens", 10_000_000), "max_tokens"),
+    ("max_tokens past context", with_field("max_tokens", 10_000_000), None),
     ("max_tokens bool", with_field("max_tokens", True), "max_tokens"),
     ("temperature 2.1", with_field("temperature", 2.1), "temperature"),
     ("temperature text", with_field("temperature", "hot"), "temperature"),
@@ -118,10 +119,18 @@ async def test_a_known_nuisance_is_refused(stack: Stack, data: bytes, param: str
 
 async def test_a_body_past_the_limit_is_413(stack: Stack) -> None:
     """An oversized body is refused as such."""
-    status, answer = await post(stack.url, with_field("user", "x" * 20_000_000))
-
-    assert status == 413
-    assert_refused(status, answer)
+    async with (
+        aiohttp.ClientSession() as session,
+        # Like curl with a large body: ask before sending it, so that the refusal can be read.
+        session.post(
+            f"{stack.url}/v1/chat/completions",
+            data=io.BytesIO(with_field("user", "x" * 20_000_000)),
+            headers={"Content-Type": "application/json"},
+            expect100=True,
+        ) as response,
+    ):
+        assert response.status == 413
+        assert_refused(response.status, await response.json())
 
 
 async def test_a_wrong_content_type_is_refused(stack: Stack) -> None:

@@ -47,10 +47,10 @@ async def test_requests_leave_no_file_or_task_behind(stack: Stack) -> None:
 
 async def test_the_processes_are_those_that_should_be(stack: Stack) -> None:
     """After all restarts there are exactly the launcher, nats, four services with two TEs and the tokenizer pool."""
-    names = [" ".join(process.cmdline()) for process in stack.processes()]
+    names = [" ".join(process.cmdline()) + " " for process in stack.processes()]
 
     for module in ("services.gateway", "services.scheduler", "services.cache"):
-        assert sum(f"-m {module}" in name for name in names) == 1, names
+        assert sum(f"-m {module} " in name for name in names) == 1, names
     assert sum("nats-server" in name for name in names) == 1, names
     assert sum("services.worker.te" in name for name in names) == 2, names
     assert all(process.status() != psutil.STATUS_ZOMBIE for process in stack.processes())

@@ -80,7 +80,7 @@ async def _one_te(
         with _step(progress, "clients that leave", plan.num_cancels) as advance:
             metrics |= await cancel_to_free(client, stack, prompts, plan, rng, advance)
         with _step(progress, "overload", 1):
-            metrics |= await overload(client, stack, plan, settings.max_num_seqs, prompts)
+            metrics |= await overload(client, stack, plan, settings.max_num_seqs, prompts, rng)
         notes = [_how_told(stack.cpu_times().names_engine)]
         if stack.tes() != begun_with:
             notes.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from random import Random
 
 from deepflow.bench import load
 from deepflow.bench.bus.plan import Plan
@@ -20,7 +21,12 @@ from deepflow.bench.stack import Stack
 
 
 async def overload(
-    client: Client, stack: Stack, plan: Plan, max_num_seqs: int, prompts: Iterator[str]
+    client: Client,
+    stack: Stack,
+    plan: Plan,
+    max_num_seqs: int,
+    prompts: Iterator[str],
+    rng: Random,
 ) -> dict[str, float]:
     """Peak, then overload, each in a window of its own."""
 
@@ -29,7 +35,9 @@ async def overload(
     async def send(prompt: str) -> Sample:
         nonlocal num_sent
         num_sent += 1
-        return await client.complete(prompt, plan.overload_output_len)
+        # Of different lengths, so that they do not end in waves.
+        low, high = plan.overload_output_len
+        return await client.complete(prompt, rng.randint(low, high))
 
     seconds = plan.ramp_s + plan.peak_s
     started = time.perf_counter()

@@ -43,7 +43,7 @@ class Plan:
     idle_s: float = 10.0
     peak_s: float = 12.0
     ramp_s: float = 4.0
-    overload_output_len: int = 16
+    overload_output_len: tuple[int, int] = (8, 24)
     overload_factor: float = 5.0
     # Per request: what somebody who waits before a small machine under heavy load may still call an answer.
     goals: tuple[Goal, ...] = (Goal("ttft", 10_000.0), Goal("tpot", 1_000.0))
@@ -62,7 +62,7 @@ QUICK: Final = Plan(
     idle_s=1.0,
     peak_s=2.0,
     ramp_s=0.5,
-    overload_output_len=4,
+    overload_output_len=(2, 6),
     num_kills=1,
     num_kill_streams=2,
     kill_output_len=48,
