@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.flowserve.linear import make_linear, quantise_rows
+from services.worker.flowserve.linear import group_size, make_linear, quantise_rows
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -31,18 +31,34 @@ def test_zero_rows_stay_zero() -> None:
 
 
 def test_the_product_is_the_exact_integer_one() -> None:
-    """W8A8 equals int64 arithmetic on the same codes, scaled afterwards, with stacked weights and biases."""
-    x, first, second = (_random(n, 200, seed=n) for n in (9, 24, 40))
+    """W8A8 equals int64 arithmetic on the same codes, group by group, with stacked weights and biases."""
+    x, first, second = (_random(n, 320, seed=n) for n in (9, 24, 40))
     bias = _random(24, seed=5)
     linear = make_linear(
-        [(first, bias), (second, None)], num_outputs=64, num_inputs=200, dtype="w8a8"
+        [(first, bias), (second, None)], num_outputs=64, num_inputs=320, dtype="w8a8"
     )
-    codes, scales = quantise_rows(x)
-    weight_codes, weight_scales = quantise_rows(torch.cat((first, second)))
-    exact = (codes.long() @ weight_codes.long().t()).float()
-    expected = exact * scales * weight_scales.squeeze(-1)
+    weight = torch.cat((first, second))
+    expected = torch.zeros(9, 64)
+    for group in (slice(0, 160), slice(160, 320)):
+        codes, scales = quantise_rows(x[:, group])
+        weight_codes, weight_scales = quantise_rows(weight[:, group])
+        exact = (codes.long() @ weight_codes.long().t()).float()
+        expected += exact * scales * weight_scales.squeeze(-1)
     expected[:, :24] += bias
     assert torch.equal(linear(x), expected)
+
+
+def test_groups_divide_the_inputs() -> None:
+    """A group is the largest divisor within the limit, or all inputs where nothing fits."""
+    assert [group_size(n) for n in (576, 1536, 4096, 320, 64, 200)] == [192, 192, 128, 160, 64, 200]
+
+
+def test_an_outlier_costs_only_its_own_group_its_digits() -> None:
+    """One huge input leaves the products of the other groups as precise as they were."""
+    x, weight = _random(3, 384, seed=1), _random(16, 384, seed=2)
+    x[:, 0], weight[:, :192] = 1e4, 0.0  # the outlier's group adds nothing but its rounding
+    linear = make_linear([(weight, None)], num_outputs=16, num_inputs=384, dtype="w8a8")
+    torch.testing.assert_close(linear(x), x @ weight.t(), rtol=0, atol=0.5)
 
 
 @settings(max_examples=30, deadline=None)
