@@ -1,10 +1,14 @@
 """A program that already speaks NATS sends a prompt on the bus and reads the answer as it is written.
 
-python examples/nats_producer.py nats://127.0.0.1:4222 smollm2-135m "What is the capital of France?"
+python examples/nats_producer.py nats://USER:PASSWORD@127.0.0.1:PORT smollm2-135m "What is the capital of France?"
+
+For a platform started by `deepflow up` see `instance.json` in DEEPFLOW_HOME: `nats_url`, and as USER and PASSWORD
+`producer` and `producer_password`.
 """
 
 import asyncio
 import json
+import re
 import sys
 
 import nats
@@ -15,7 +19,7 @@ async def main(url: str, model: str, question: str) -> None:
     inbox = client.new_inbox()
     answers = await client.subscribe(inbox)
     # A model's name is one subject token: letters, digits, - and _ as they are, any other byte as =XX.
-    token = "".join(c if c.isalnum() or c in "-_" else f"={ord(c):02X}" for c in model)
+    token = re.sub(rb"[^\w-]", lambda byte: b"=%02X" % ord(byte[0]), model.encode()).decode()
     body = {"messages": [{"role": "user", "content": question}], "stream": True}
     await client.publish(f"deepflow.v1.prompt.{token}", json.dumps(body).encode(), reply=inbox)
     while (message := await answers.next_msg(timeout=60)).data:  # an empty message is the last

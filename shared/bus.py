@@ -1,7 +1,7 @@
-"""The bus: everything DeepFlow says to NATS, in a few verbs over typed messages. The only import of nats.
+"""The bus: everything DeepFlow says to NATS, in a few verbs over typed messages. Only this and `table` import nats.
 
-Core NATS carries the interactive path, KV buckets the tables. Subscriptions use callbacks, because a nats-py callback
-costs a third of its iterator; callbacks of one subscription run one after another, so a listener's handler is
+Core NATS carries the interactive path, KV buckets the tables (`table`). Subscriptions use callbacks, because a nats-py
+callback costs a third of its iterator; callbacks of one subscription run one after another, so a listener's handler is
 synchronous and hands off, and each served request gets a task of its own. Messages are at most once: whoever needs
 more carries sequence numbers. This module must not know any message's meaning.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar, cast
@@ -18,14 +18,15 @@ from typing import Any, Final, TypeVar, cast
 import nats
 import nats.errors
 import nats.js.errors
+import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.kv import KeyValue
 
 from shared import errors, log, wire
 from shared.config import BusSettings
 from shared.messages import Failure
-from shared.subjects import Subjects, decode, encode
+from shared.subjects import Subjects
+from shared.table import Table
 
 __all__ = ["Bus", "BusSettings", "RawMessage", "Subscription", "Table"]
 
@@ -35,15 +36,23 @@ MIN_VERSION: Final = (2, 11)
 _PENDING_BYTES: Final = 64 * 1024 * 1024  # what publishes may pile up while the server is away
 _CONNECT_S: Final = 30.0
 _TABLE_S: Final = 10.0
+# JSON about who sent a message that crossed from one account to another.
+_REQUEST_INFO: Final = "Nats-Request-Info"
 
 
 @dataclass(frozen=True, slots=True)
 class RawMessage:
-    """A message of somebody who does not speak our codec. `reply` is empty if no answer is wanted."""
+    """A message of somebody who does not speak our codec. `reply` is empty if no answer is wanted.
+
+    `account` names the NATS account it came from, "" if that is our own. The server itself writes it wherever a
+    message crosses from one account to another, over whatever the sender put there; so it can be forged only from
+    inside our own account, where `permissions` lets nobody publish what is served raw.
+    """
 
     subject: str
     data: bytes
     reply: str
+    account: str = ""
 
 
 class Bus:
@@ -55,12 +64,15 @@ class Bus:
         self.closed = asyncio.Event()
         self.num_dropped = 0  # messages lost to a full pending queue: each is a slow handler
         self.num_undecodable = 0
+        self.num_refused = 0  # permission violations: a subject is missing in shared/permissions.py
+        self._opened = False
         self._inbox = inbox
         self._client = Client()
         self._log = log.get(component="bus")
         self._handlers: set[asyncio.Task[None]] = set()
         self._disconnect_callbacks: list[Callable[[], None]] = []
         self._reconnect_callbacks: list[Callable[[], None]] = []
+        self._waits: set[asyncio.Timeout] = set()  # for what the server will not do once it is lost
 
     # ------------------------------------------------------------------------------------------------- connection
 
@@ -77,6 +89,7 @@ class Bus:
                     await bus._open(name)
                 break
             except (OSError, TimeoutError, nats.errors.Error) as error:
+                await bus._close_client()
                 if "authorization" in str(error).lower():
                     raise errors.Unavailable(f"the bus refuses user {settings.user!r}") from error
                 if loop.time() > give_up:
@@ -91,22 +104,28 @@ class Bus:
 
     async def _open(self, name: str) -> None:
         async def on_error(error: Exception) -> None:
+            if not self._opened:
+                raise error  # else the library tries on by itself, with a wrong password too
             if isinstance(error, nats.errors.SlowConsumerError):
                 self.num_dropped += 1
-            self._log.warning("bus_error_seen", error=repr(error))
+            if "permissions violation" in str(error).lower():
+                self.num_refused += 1
+                self._log.error("bus_permission_refused", error=str(error))
+            else:
+                self._log.warning("bus_error_seen", error=repr(error))
 
         async def on_disconnected() -> None:
-            self._log.warning("bus_lost")
-            for callback in self._disconnect_callbacks:
-                callback()
+            for wait in self._waits:
+                wait.reschedule(0)
+            if self._opened and not self._client.is_closed:
+                self._tell("bus_lost", self._disconnect_callbacks)
 
         async def on_reconnected() -> None:
-            self._log.info("bus_regained")
-            for callback in self._reconnect_callbacks:
-                callback()
+            self._tell("bus_regained", self._reconnect_callbacks)
 
         async def on_closed() -> None:
-            self.closed.set()
+            if self._opened:
+                self.closed.set()
 
         self._client = Client()
         await self._client.connect(
@@ -121,13 +140,21 @@ class Bus:
             connect_timeout=2,
             ping_interval=5,
             max_outstanding_pings=2,
-            drain_timeout=max(1, round(self.settings.grace_s)),
             pending_size=_PENDING_BYTES,
             error_cb=on_error,
             disconnected_cb=on_disconnected,
             reconnected_cb=on_reconnected,
             closed_cb=on_closed,
         )
+        self._opened = True
+
+    def _tell(self, event: str, callbacks: list[Callable[[], None]]) -> None:
+        self._log.warning(event)
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:  # raised into the library it would end the reconnecting
+                self._log.exception("bus_callback_failed", bus_event=event)
 
     def _check_server(self) -> None:
         version = self._client.connected_server_version
@@ -161,9 +188,22 @@ class Bus:
     async def flush(self) -> None:
         """Wait until the server has all that was published. Raises Unavailable when it is away."""
         try:
-            await self._client.flush(timeout=5)
-        except nats.errors.Error as error:
+            async with self.until_lost():
+                await self._client.flush(timeout=5)
+        except (nats.errors.Error, OSError) as error:
             raise errors.Unavailable(f"the bus cannot be flushed: {error!r}") from error
+
+    @contextlib.asynccontextmanager
+    async def until_lost(self) -> AsyncIterator[None]:
+        """Wait for the server in the block, but no longer than it is there. Raises Unavailable, TimeoutError."""
+        if not self.connected:
+            raise errors.Unavailable("the bus is away")
+        async with asyncio.timeout(None) as wait:
+            self._waits.add(wait)
+            try:
+                yield
+            finally:
+                self._waits.discard(wait)
 
     async def close(self) -> None:
         """Answer what is being served, send what is buffered, and leave. Safe to call twice."""
@@ -172,15 +212,19 @@ class Bus:
         for task in list(self._handlers):
             task.cancel()
         await asyncio.gather(*self._handlers, return_exceptions=True)
-        if self._client.is_closed:
-            return
+        # Not the library's drain: with the server away it waits for it, and what it let in nobody would answer now.
         try:
-            if self._client.is_connected:
-                await self._client.drain()
-        except nats.errors.Error as error:
-            self._log.warning("bus_drain_failed", error=repr(error))
+            if self.connected:
+                await self.flush()
+        except errors.Unavailable as error:
+            self._log.warning("bus_flush_failed", error=error.message)
         finally:
-            if not self._client.is_closed:
+            await self._close_client()
+
+    async def _close_client(self) -> None:
+        if not self._client.is_closed:
+            # It flushes, and there may be nobody at the other end: a RuntimeError under uvloop.
+            with contextlib.suppress(nats.errors.Error, OSError, RuntimeError):
                 await self._client.close()
 
     # ---------------------------------------------------------------------------------------------------- sending
@@ -191,14 +235,19 @@ class Bus:
 
     async def publish_raw(self, subject: str, data: bytes, *, reply: str = "") -> None:
         """Send bytes that are no message of ours. Raises as `publish` does."""
-        if len(data) > self._client.max_payload:
-            raise errors.TooLarge(
-                f"a message of {len(data)} bytes passes the bus's limit of {self.max_payload}"
-            )
+        data = self._fitting(data)
         try:
             await self._client.publish(subject, data, reply)
         except nats.errors.Error as error:
             raise errors.Unavailable(f"the bus cannot take a message: {error!r}") from error
+
+    def _fitting(self, data: bytes) -> bytes:
+        """`data`, if the server takes that much. Raises TooLarge."""
+        if len(data) > self._client.max_payload:
+            raise errors.TooLarge(
+                f"a message of {len(data)} bytes passes the bus's limit of {self.max_payload}"
+            )
+        return data
 
     async def request(self, subject: str, message: object, *kinds: type[M], timeout_s: float) -> M:
         """Ask, and wait for an answer of one of `kinds`.
@@ -206,11 +255,7 @@ class Bus:
         A `Failure` is raised as its error. Raises Unavailable if nobody listens, DeadlineExceeded after `timeout_s`,
         Internal if the answer is not understood.
         """
-        data = wire.encode(message)
-        if len(data) > self._client.max_payload:
-            raise errors.TooLarge(
-                f"a message of {len(data)} bytes passes the bus's limit of {self.max_payload}"
-            )
+        data = self._fitting(wire.encode(message))
         try:
             answer = await self._client.request(subject, data, timeout=timeout_s)
         except nats.errors.NoRespondersError as error:
@@ -281,7 +326,8 @@ class Bus:
             except Exception:
                 self._log.exception("listener_failed", subject=msg.subject)
 
-        return Subscription(await self._client.subscribe(subject, queue=queue, cb=take), set())
+        inner = await self._client.subscribe(subject, queue=queue, cb=take)
+        return Subscription(self, inner, set())
 
     async def serve(
         self,
@@ -299,23 +345,25 @@ class Bus:
         """
 
         async def answer(msg: Msg) -> None:
-            reply: object
             try:
-                reply = await handler(wire.decode(msg.data, *kinds))
-            except wire.WireError as error:
-                self.num_undecodable += 1
-                reply = Failure(code="invalid_request", message=str(error))
+                try:
+                    message = wire.decode(msg.data, *kinds)
+                except wire.WireError as error:
+                    self.num_undecodable += 1
+                    raise errors.InvalidRequest(str(error)) from error
+                reply = self._fitting(wire.encode(await handler(message)))
             except errors.DeepFlowError as error:
-                reply = failure(error)
+                reply = wire.encode(failure(error))
             except Exception:
                 self._log.exception("handler_failed", subject=msg.subject)
-                reply = Failure(code="internal", message="the handler failed; see its log")
+                reply = wire.encode(
+                    Failure(code="internal", message="the handler failed; see its log")
+                )
             await self._reply(msg.reply, reply)
 
         async def refuse(msg: Msg) -> None:
-            await self._reply(
-                msg.reply, Failure(code="overloaded", message="too many at once", retry_after_s=1.0)
-            )
+            full = Failure(code="overloaded", message="too many at once", retry_after_s=1.0)
+            await self._reply(msg.reply, wire.encode(full))
 
         return await self._serve(subject, answer, refuse, queue, limit)
 
@@ -331,7 +379,7 @@ class Bus:
         """Hand each message, undecoded, to a task of its own; `refuse` gets those past `limit` in flight."""
 
         def raw(msg: Msg) -> RawMessage:
-            return RawMessage(msg.subject, msg.data, msg.reply)
+            return RawMessage(msg.subject, msg.data, msg.reply, _account(msg))
 
         async def run(call: Callable[[RawMessage], Awaitable[None]], msg: Msg) -> None:
             try:
@@ -358,35 +406,50 @@ class Bus:
                 owner.add(task)
                 task.add_done_callback(owner.discard)
 
-        return Subscription(await self._client.subscribe(subject, queue=queue, cb=take), in_flight)
+        inner = await self._client.subscribe(subject, queue=queue, cb=take)
+        return Subscription(self, inner, in_flight)
 
-    async def _reply(self, subject: str, message: object) -> None:
+    async def _reply(self, subject: str, data: bytes) -> None:
         if not subject:
             return
         try:
-            await self.publish(subject, message)
+            await self.publish_raw(subject, data)
         except errors.DeepFlowError as error:
             self._log.warning("reply_lost", error=error.message)
 
     # ----------------------------------------------------------------------------------------------------- tables
 
     async def table(self, name: str) -> Table:
-        """The table of that name, created when missing. Raises Unavailable if JetStream does not come up."""
+        """The table of that name, created when missing.
+
+        Raises Unavailable if the bus is away, or JetStream does not come up.
+        """
         bucket = self.subjects.table(name)
         loop = asyncio.get_running_loop()
         give_up = loop.time() + _TABLE_S
         jetstream = self._client.jetstream(timeout=2)
         while True:
+            if not self.connected:  # nobody shall wait for it while draining
+                raise errors.Unavailable(f"table {name}: the bus is away")
             try:
                 try:
-                    return Table(self, await jetstream.key_value(bucket))
+                    return Table(await jetstream.key_value(bucket))
                 except nats.js.errors.BucketNotFoundError:
-                    return Table(self, await jetstream.create_key_value(bucket=bucket, history=1))
+                    return Table(await jetstream.create_key_value(bucket=bucket, history=1))
             except nats.errors.Error as error:
                 # Two services may create it at once, and JetStream is ready some time after the port.
                 if loop.time() > give_up:
                     raise errors.Unavailable(f"table {name}: {error!r}") from error
                 await asyncio.sleep(0.1)
+
+
+def _account(message: Msg) -> str:
+    try:
+        told = orjson.loads((message.headers or {}).get(_REQUEST_INFO, b""))
+    except orjson.JSONDecodeError:
+        return ""
+    account = told.get("acc") if isinstance(told, dict) else None
+    return account if isinstance(account, str) else ""
 
 
 def failure(error: errors.DeepFlowError) -> Failure:
@@ -402,90 +465,25 @@ def failure(error: errors.DeepFlowError) -> Failure:
 class Subscription:
     """A standing interest in a subject."""
 
-    def __init__(self, inner: Any, in_flight: set[asyncio.Task[None]]) -> None:
+    def __init__(self, bus: Bus, inner: Any, in_flight: set[asyncio.Task[None]]) -> None:
+        self._bus = bus
         self._inner = inner
         self._in_flight = in_flight
 
     async def drain(self) -> None:
-        """Take no new messages, and wait until those that came have been handled."""
+        """Take no new messages; those that came are handled within the grace, or cancelled."""
         try:
-            await self._inner.drain()
-        except nats.errors.Error:
+            async with self._bus.until_lost():
+                await self._inner.drain()
+        except (nats.errors.Error, OSError, errors.Unavailable):
             await self.stop()
         if self._in_flight:
-            await asyncio.wait(self._in_flight)
+            _, late = await asyncio.wait(self._in_flight, timeout=self._bus.settings.grace_s)
+            for task in late:
+                task.cancel()
 
     async def stop(self) -> None:
         """Take no new messages from now on."""
-        with contextlib.suppress(nats.errors.Error):  # closed or unknown: nothing more will come
+        # Closed or unknown: nothing more will come.
+        with contextlib.suppress(nats.errors.Error, OSError):
             await self._inner.unsubscribe()
-
-
-class Table:
-    """A KV bucket of messages stored as JSON. Keys are any text; every method raises Unavailable in trouble.
-
-    There is no watch: a nats-py watcher was seen silent for 15.8 s after a server restart. Re-read with `all`, every
-    few seconds and on reconnect, and let beats say that something is new.
-    """
-
-    def __init__(self, bus: Bus, bucket: KeyValue) -> None:
-        self._bus = bus
-        self._bucket = bucket
-
-    async def get(self, key: str, kind: type[M]) -> M | None:
-        """The entry, or None."""
-        try:
-            entry = await self._bucket.get(encode(key))
-        except (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError):
-            return None
-        except nats.errors.Error as error:
-            raise _unavailable(error) from error
-        return wire.from_json(entry.value or b"", kind)
-
-    async def put(self, key: str, message: object) -> int:
-        """Write; the new revision."""
-        try:
-            return await self._bucket.put(encode(key), wire.to_json(message))
-        except nats.errors.Error as error:
-            raise _unavailable(error) from error
-
-    async def create(self, key: str, message: object) -> bool:
-        """Write unless the key exists; whether it was written."""
-        try:
-            await self._bucket.create(encode(key), wire.to_json(message))
-        except nats.js.errors.KeyWrongLastSequenceError:
-            return False
-        except nats.errors.Error as error:
-            raise _unavailable(error) from error
-        return True
-
-    async def delete(self, key: str) -> None:
-        """Remove; a missing key is fine."""
-        try:
-            await self._bucket.delete(encode(key))
-        except nats.errors.Error as error:
-            raise _unavailable(error) from error
-
-    async def all(self, kind: type[M]) -> dict[str, M]:
-        """Every entry. One that cannot be read is left out and logged."""
-        entries: dict[str, M] = {}
-        try:
-            watcher = await self._bucket.watchall(ignore_deletes=True)
-            try:
-                async with asyncio.timeout(5):
-                    async for entry in watcher:
-                        if entry is None:  # all present values have come
-                            break
-                        try:
-                            entries[decode(entry.key)] = wire.from_json(entry.value or b"", kind)
-                        except ValueError as error:
-                            self._bus._log.warning("entry_refused", key=entry.key, error=str(error))
-            finally:
-                await watcher.stop()  # type: ignore[no-untyped-call]
-        except (nats.errors.Error, TimeoutError) as error:
-            raise _unavailable(error) from error
-        return entries
-
-
-def _unavailable(error: Exception) -> errors.Unavailable:
-    return errors.Unavailable(f"the table cannot be reached: {error!r}")

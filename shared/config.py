@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
+
+EXIT_CODE: Final = 2  # of a process that ended for a ConfigError: starting it again cannot help
 
 
 class ConfigError(ValueError):

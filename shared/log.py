@@ -17,7 +17,7 @@ Logger = structlog.typing.FilteringBoundLogger
 
 
 def configure(level: str = "info") -> None:
-    """Set up logging for this process. Call once, before the first `get`."""
+    """Set up logging for this process; calling it again changes the level of every logger."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -30,7 +30,7 @@ def configure(level: str = "info") -> None:
             logging.getLevelNamesMapping()[level.upper()]
         ),
         logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,  # else a later level would not reach the loggers in use
     )
     # Libraries log through the standard library; their warnings belong in the same stream.
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")

@@ -15,6 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 LATENCY_BUCKETS_S: Final = (
@@ -50,6 +51,10 @@ class Metrics:
         """A distribution; the default buckets are seconds."""
         return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
+    def count(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A number that only grows and is kept elsewhere: `read` at each scrape."""
+        self.registry.register(_Count(name, text, read))
+
     def collect(self, collector: Collector) -> None:
         """Ask `collector` for its metrics at each scrape."""
         self.registry.register(collector)
@@ -61,6 +66,14 @@ class Metrics:
     def serve(self, host: str, port: int) -> Endpoint:
         """Answer probes and scrapes on (host, port); port 0 takes a free one."""
         return Endpoint(self, host, port)
+
+
+class _Count(Collector):
+    def __init__(self, name: str, text: str, read: Callable[[], float]) -> None:
+        self._name, self._text, self._read = name, text, read
+
+    def collect(self) -> Iterable[Metric]:
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
 
 
 class Endpoint:

@@ -17,8 +17,9 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Generic, TypeVar
 
 import orjson
@@ -26,7 +27,7 @@ import uvloop
 
 from shared import errors, log
 from shared.bus import Bus
-from shared.config import Settings
+from shared.config import EXIT_CODE, ConfigError, Settings
 from shared.messages import Beat, StatusQuery, StatusReply, TeBeat
 from shared.metrics import Metrics
 
@@ -57,6 +58,12 @@ class Service(Generic[S]):
         self._ledger: Callable[[], dict[str, Any]] | None = None
         self._drain_steps: list[Callable[[], Awaitable[None]]] = []
         self.metrics.ready = lambda: self.is_ready
+        for name, text, read in (
+            ("dropped", "Messages lost to a slow handler.", lambda: bus.num_dropped),
+            ("undecodable", "Messages that were not understood.", lambda: bus.num_undecodable),
+            ("refused", "Subjects that the bus does not let us use.", lambda: bus.num_refused),
+        ):
+            self.metrics.count(f"deepflow_bus_{name}", text, read)
 
     @property
     def is_ready(self) -> bool:
@@ -118,6 +125,7 @@ class Service(Generic[S]):
                 "draining": self.stopping.is_set(),
                 "uptime_s": round(time.monotonic() - self._started, 1),
                 "bus_dropped": self.bus.num_dropped,
+                "bus_refused": self.bus.num_refused,
                 **self._make_status(),
             }
         else:
@@ -142,6 +150,8 @@ class Service(Generic[S]):
         for step in self._drain_steps:
             try:
                 await step()
+            except errors.DeepFlowError as error:
+                self.log.warning("drain_step_failed", error=error.message)
             except Exception:
                 self.log.exception("drain_step_failed")
 
@@ -149,6 +159,23 @@ class Service(Generic[S]):
 def instance_id(name: str) -> str:
     """A new instance name: `name` and a fresh boot id of eight hex characters."""
     return f"{name}-{secrets.token_hex(4)}"
+
+
+def main(
+    kind: str,
+    load: Callable[[Mapping[str, str]], S],
+    open_service: Callable[[Service[S]], Awaitable[None]],
+) -> int:
+    """All that a service's `__main__` does: read the settings with `load`, and run with `open_service` as its main.
+
+    The exit code: 0 after a drain, 1 with a reason in the log, 2 with a line that names the variable that is wrong.
+    """
+    try:
+        settings = load(os.environ)
+    except ConfigError as error:
+        sys.stderr.write(f"deepflow {kind}: {error}\n")
+        return EXIT_CODE
+    return run(kind, settings, open_service)
 
 
 def run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[None]]) -> int:
@@ -163,20 +190,24 @@ def run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[None]]) -
 async def _run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[None]]) -> int:
     id_ = instance_id(settings.instance or kind)
     logger = log.get(service=kind, id=id_)
+    starting = asyncio.current_task()
+    assert starting is not None
+    _on_signal(starting.cancel)  # also as PID 1 of a container, which no signal ends by itself
     try:
         bus = await Bus.connect(settings.bus, name=id_, inbox=kind)
     except errors.DeepFlowError as error:
         logger.error("start_failed", error=error.message)
         return 1
+    except asyncio.CancelledError:
+        logger.info("service_ended")
+        return 0
     service: Service[S] | None = None
     endpoint = None
     failed = False
     try:
         async with asyncio.TaskGroup() as tasks:
             service = Service(kind, settings, bus, tasks, id_)
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, service.stop)
+            _on_signal(service.stop)
             endpoint = service.metrics.serve(settings.metrics_host, settings.metrics_port)
             logger.info("service_started", metrics_port=endpoint.port, pid=os.getpid())
             await service._open()
@@ -202,6 +233,11 @@ async def _run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[No
         logger.error("service_stopped_itself", failure=service.failure)
     logger.info("service_ended")
     return 1 if failed else 0
+
+
+def _on_signal(callback: Callable[[], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, callback)
 
 
 class _Stopped(Exception):

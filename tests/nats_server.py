@@ -59,6 +59,11 @@ class NatsServer:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
+    def pause(self) -> None:
+        """SIGSTOP."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
     def stop(self) -> None:
         """End it, whatever its state."""
         if self._process is not None and self._process.poll() is None:

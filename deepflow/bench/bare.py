@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
-from services.worker.settings import compute_env
+from services.worker.settings import WorkerSettings, compute_env
 from shared.errors import Unavailable
 
 _LINE_BYTES: Final = 1 << 26
@@ -36,6 +36,18 @@ class EngineSettings:
     kv_tokens: int
     max_num_seqs: int
     max_batched_tokens: int
+
+    @classmethod
+    def default(cls, *, kv_tokens: int) -> EngineSettings:
+        """What a worker would use on this machine, but for the size of the cache."""
+        worker = WorkerSettings.load({})
+        return cls(
+            dtype=worker.dtype,
+            threads=worker.threads,
+            kv_tokens=kv_tokens,
+            max_num_seqs=worker.max_num_seqs,
+            max_batched_tokens=worker.max_batched_tokens,
+        )
 
     def variables(self) -> dict[str, str]:
         """The same for the platform."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping
@@ -92,11 +93,12 @@ class Child:
 
     def bound_log(self, limit_bytes: int = LOG_LIMIT_BYTES) -> None:
         """Move what the log holds to `<name>.log.1` once it has grown past the limit."""
-        if self.log.stat().st_size <= limit_bytes:
-            return
-        old = self.log.with_suffix(".log.1")
-        old.write_bytes(self.log.read_bytes())
-        os.truncate(self.log, 0)
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # somebody took it away: nothing is left to bound
+            if self.log.stat().st_size > limit_bytes:
+                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                os.truncate(self.log, 0)
 
 
 def cause(code: int) -> str:

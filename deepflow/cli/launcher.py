@@ -22,20 +22,18 @@ from deepflow.cli import ports
 from deepflow.cli.child import Child, cause, last_error
 from deepflow.cli.home import Home, Instance
 from deepflow.cli.nats_server import PRODUCER, NatsServer
-from services.worker.restarts import Restarts
+from shared import config
 from shared.config import Settings
 from shared.errors import DeepFlowError
 from shared.messages import TeBeat
+from shared.restarts import Restarts
 
 SERVICES: Final = ("worker", "gateway", "scheduler", "cache")  # slowest start first
 DRAIN_ORDER: Final = ("gateway", "scheduler", "worker", "cache", "nats")
-_CONFIG_ERROR: Final = (
-    2  # exit code of a service whose settings are wrong: starting it again cannot help
-)
 _BUS_START_S: Final = 10.0
 _LOG_CHECK_S: Final = 10.0
-# A service is killed this long after its own grace has run out.
-_MARGIN_S: Final = 5.0
+# A service is killed this long after its own grace has run out: a pod host ends late TEs within that.
+MARGIN_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +221,7 @@ class Launcher:
             if error:
                 reason += f" ({error})"
             delay_s = restarts.died(time.monotonic())
-            if code == _CONFIG_ERROR and not self._ready:
+            if code == config.EXIT_CODE and not self._ready:
                 self._stop(reason)
                 return
             if delay_s is None:
@@ -245,8 +243,8 @@ class Launcher:
 
     def _on_signal(self) -> None:
         if not self._stopping.is_set():
-            self._say("Stopping: requests in flight are finished first; Ctrl-C again kills.")
             self._stop("")
+            self._say("Stopping: requests in flight are finished first; Ctrl-C again kills.")
             return
         for child in self._children.values():
             child.kill()
@@ -256,7 +254,7 @@ class Launcher:
         self._stopping.set()
 
     async def _drain(self) -> None:
-        grace_s = self._settings.grace_s + _MARGIN_S
+        grace_s = self._settings.grace_s + MARGIN_S
         for name in DRAIN_ORDER:
             child = self._children.get(name)
             if child is not None and not await child.stop(grace_s):

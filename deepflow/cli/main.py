@@ -12,8 +12,7 @@ import typer
 
 from deepflow.cli.home import Home
 from deepflow.cli.screen import fail
-from shared import log
-from shared.config import ConfigError
+from shared.config import EXIT_CODE, ConfigError
 from shared.errors import DeepFlowError
 
 app = typer.Typer(
@@ -36,7 +35,7 @@ def _home() -> Home:
     try:
         return Home.from_env(os.environ)
     except ConfigError as error:
-        fail(str(error), 2)
+        fail(str(error), EXIT_CODE)
 
 
 @contextlib.contextmanager
@@ -46,6 +45,14 @@ def _answering() -> Iterator[None]:
         yield
     except DeepFlowError as error:
         fail(error.message)
+
+
+@app.callback()
+def before() -> None:
+    """Runs before each command, but not before `--help`, which need not wait for a log."""
+    from shared import log
+
+    log.configure("error")  # a warning of the bus is no news for the person at the terminal
 
 
 @app.command()
@@ -80,10 +87,12 @@ def up(
 def down() -> None:
     """Stop the platform; requests in flight are finished first."""
     from deepflow.cli import up as command
+    from deepflow.cli.launcher import DRAIN_ORDER, MARGIN_S
     from shared.config import Settings
 
-    # The launcher gives every service its grace, one after the other.
-    command.down(_home(), 4 * Settings.load(os.environ).grace_s)
+    # The launcher gives every child its grace, one after the other.
+    home = _home()
+    command.down(home, len(DRAIN_ORDER) * (Settings.load(os.environ).grace_s + MARGIN_S))
 
 
 @app.command()
@@ -151,7 +160,6 @@ def bench(context: typer.Context) -> None:
 
 def main() -> None:
     """The console script."""
-    log.configure("error")  # a warning of the bus is no news for the person at the terminal
     app()
 
 

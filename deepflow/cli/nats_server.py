@@ -19,7 +19,7 @@ from typing import Final
 
 from deepflow.deploy.nats_config import NatsConfig
 from shared.errors import Unavailable
-from shared.subjects import KINDS
+from shared.permissions import KINDS
 
 PRODUCER: Final = "local"  # the tenant of prompts published on the embedded bus
 # Executes a command in a process that the kernel kills together with its parent; argv: the parent's pid, the command.

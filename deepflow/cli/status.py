@@ -28,7 +28,7 @@ def show(home: Home, *, as_json: bool) -> None:
     if instance is None:
         fail(f"Nothing runs in {home.path}: `deepflow up` starts it.")
     try:
-        found = asyncio.run(_ask(instance))
+        found = asyncio.run(ask(instance))
     except (DeepFlowError, TimeoutError) as error:
         fail(f"the bus at {instance.nats_url} does not answer: {error}")
     if as_json:
@@ -37,7 +37,8 @@ def show(home: Home, *, as_json: bool) -> None:
         _tables(found)
 
 
-async def _ask(instance: Instance) -> dict[str, Any]:
+async def ask(instance: Instance) -> dict[str, Any]:
+    """What runs, as `describe` puts it. Raises DeepFlowError, TimeoutError."""
     beats: dict[str, TeBeat] = {}
 
     def on_beat(beat: TeBeat) -> None:

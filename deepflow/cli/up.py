@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -116,17 +117,15 @@ def down(home: Home, grace_s: float) -> None:
     instance = home.running()
     if instance is None:
         fail(f"an instance of {home.path} is starting or stopping: try again in a moment")
-    os.kill(instance.pid, signal.SIGTERM)
     for patience_s in (grace_s, _KILL_S):
+        with contextlib.suppress(ProcessLookupError):  # gone meanwhile
+            os.kill(instance.pid, signal.SIGTERM)
         give_up = time.monotonic() + patience_s
-        while home.is_taken():
-            if time.monotonic() > give_up:
-                break
+        while time.monotonic() < give_up:
+            if not home.is_taken():
+                say("DeepFlow stopped.")
+                return
             time.sleep(_POLL_S)
-        else:
-            say("DeepFlow stopped.")
-            return
-        os.kill(instance.pid, signal.SIGTERM)
     fail(f"process {instance.pid} does not stop")
 
 

@@ -6,6 +6,7 @@ kept, so that a restart changes nothing. This module must not know how the servi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ from typing import Any, Self
 from deepflow.deploy.nats_config import PRODUCER, password_variable
 from shared.config import ConfigError, Reader, Settings
 from shared.errors import DeepFlowError
-from shared.subjects import KINDS
+from shared.permissions import KINDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +118,8 @@ def _hand_over(folder: Path, owner: int) -> None:
     if owner < 0:
         return
     for path in (folder, *folder.rglob("*")):
-        os.chown(path, owner, owner, follow_symlinks=False)
+        with contextlib.suppress(FileNotFoundError):  # a running worker renames what it prepares
+            os.chown(path, owner, owner, follow_symlinks=False)
 
 
 if __name__ == "__main__":

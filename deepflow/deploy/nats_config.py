@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from shared.subjects import KINDS, Subjects, permissions
+from shared.permissions import KINDS, permissions
+from shared.subjects import Subjects
 
 MAX_PAYLOAD: Final = (
     "8MB"  # 128k token ids take 0.65 MB; the default of 1 MB would refuse a long prompt's hashes

@@ -232,7 +232,10 @@ def _guard(models: Path) -> Iterator[None]:
 
 def _sweep_unguarded(models: Path) -> None:
     for folder in models.glob(".tmp-*"):
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # its owner was faster
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

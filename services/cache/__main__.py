@@ -1,17 +1,12 @@
 """`python -m services.cache`: one replica of the directory."""
 
-import os
+from __future__ import annotations
+
 import sys
 
-from services.cache.service import main
+from services.cache import service
 from services.cache.settings import CacheSettings
-from shared.config import ConfigError
-from shared.service import run
+from shared.service import main
 
 if __name__ == "__main__":
-    try:
-        settings = CacheSettings.load(os.environ)
-    except ConfigError as error:
-        sys.stderr.write(f"deepflow cache: {error}\n")
-        sys.exit(2)
-    sys.exit(run("cache", settings, main))
+    sys.exit(main("cache", CacheSettings.load, service.main))

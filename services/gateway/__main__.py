@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from services.gateway.app import main
+from services.gateway import app
 from services.gateway.settings import GatewaySettings
-from shared.config import ConfigError
-from shared.service import run
+from shared.service import main
 
 if __name__ == "__main__":
-    try:
-        settings = GatewaySettings.load(os.environ)
-    except ConfigError as error:
-        sys.stderr.write(f"deepflow gateway: {error}\n")
-        sys.exit(2)
-    sys.exit(run("gateway", settings, main))
+    sys.exit(main("gateway", GatewaySettings.load, app.main))

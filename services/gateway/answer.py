@@ -106,7 +106,7 @@ class Answer:
                 continue
             if piece.text or piece.entries:
                 waiting.text += piece.text
-                waiting.entries = waiting.entries + piece.entries
+                waiting.entries += piece.entries
             if piece.finish is not None:
                 self._pieces.append(piece)
 

@@ -24,7 +24,7 @@ from shared.service import Service
 
 
 async def main(service: Service[GatewaySettings]) -> None:
-    """Set the gateway up on a service. Raises Unavailable if the port is taken."""
+    """Set the gateway up on a service. Raises Unavailable if the port is taken, or the bus is gone again."""
     settings, bus, log = service.settings, service.bus, service.log
     counts = Counts(service.metrics, lambda: len(calls))
     prompts = Prompts(settings.num_tokenizers, settings.tokenize_timeout_s, log)
@@ -75,6 +75,7 @@ async def main(service: Service[GatewaySettings]) -> None:
     service.on_drain(drain)
     service.on_drain(runner.cleanup)
     service.beat()
+    await bus.flush()  # the server knows our subscriptions: a prompt sent from here on is heard
     service.ready()
     log.info("gateway_listening", url=address)
 

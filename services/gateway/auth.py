@@ -68,12 +68,6 @@ class Keys:
         return found
 
 
-def require_operator(tenant: str, *, keyless: bool) -> None:
-    """Raises Forbidden unless the tenant may look into the platform."""
-    if tenant != OPERATOR and not keyless:
-        raise Forbidden(f"only tenant {OPERATOR!r} may do this")
-
-
 def is_loopback(host: str) -> bool:
     """Whether this name or address reaches only this machine."""
     host = host.strip("[]").lower()

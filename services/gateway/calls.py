@@ -29,7 +29,7 @@ from services.gateway.prompts import Prompt, Prompts
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Stream, Streams
 from shared.blockhash import root
-from shared.errors import Overloaded, Unavailable
+from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 from shared.log import Logger
 from shared.messages import Request, Sampling
 from shared.text.tokenizer import Tokenizer
@@ -145,14 +145,15 @@ class Calls:
         self._idle.clear()
         start = time.monotonic()
         try:
-            model = await self._catalogue.find(order.model)
-            check_model(order, model.entry.vocab)
-            root_hash = root(
-                await self._secrets.get(caller.tenant),
-                model.entry.recipe_digest,
-                str(model.entry.page),
-            )
-            prompts = await self._tokenize(order, model, root_hash)
+            async with _deadline(self._settings.deadline_s):
+                model = await self._catalogue.find(order.model)
+                check_model(order, model.entry.vocab)
+                root_hash = root(
+                    await self._secrets.get(caller.tenant),
+                    model.entry.recipe_digest,
+                    str(model.entry.page),
+                )
+                prompts = await self._tokenize(order, model, root_hash)
             limits = [max_tokens(order, len(p.ids), model.entry.context) for p in prompts]
             call = self._make(order, model, len(prompts), start)
             self._open.add(call)
@@ -195,6 +196,7 @@ class Calls:
                 skip_special=order.skip_special,
                 include_stop=order.include_stop,
                 logprobs=order.logprobs is not None,
+                continues=not order.chat,
             )
             for choice in range(num_prompts * order.n)
         ]
@@ -226,7 +228,8 @@ class Calls:
         order, settings = call.order, self._settings
         seed = seed_of(order.seed, caller.tenant, caller.idempotency_key)
         counts = self._counts.of(model.name)
-        budget = Limits(deadline_s=settings.deadline_s, park_s=settings.park_s)
+        spent_s = time.monotonic() - start
+        budget = Limits(deadline_s=settings.deadline_s - spent_s, park_s=settings.park_s)
         call.answer.usage.prompt = sum(len(prompt.ids) for prompt in prompts)
         for index, (prompt, limit) in enumerate(zip(prompts, max_tokens_each, strict=True)):
             request = Request(
@@ -296,6 +299,16 @@ class Calls:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
+
+
+@asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    """What comes before a stream has the request's deadline, too: the tokenizers may have a long queue."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded("the request took longer than its deadline") from error
 
 
 def seed_of(seed: int | None, tenant: str, idempotency_key: str) -> int:

@@ -23,9 +23,8 @@ from shared.messages import ModelEntry
 from shared.text.tokenizer import Tokenizer
 
 REFRESH_S: Final = 3.0
-MISS_REFRESH_S: Final = (
-    0.5  # a request for an unknown model reads the table again, at most this often
-)
+# A request for an unknown model reads the table again, at most this often.
+MISS_REFRESH_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +55,7 @@ class Catalogue:
         self._on_model = on_model
         self._models: dict[str, Model] = {}
         self._refused: dict[str, tuple[ModelEntry, str]] = {}  # name -> entry, and why not
-        self._read_at = float("-inf")
+        self._began_at = float("-inf")  # the latest reading of the table
         self._reading = asyncio.Lock()
         self._again = asyncio.Event()
 
@@ -77,7 +76,7 @@ class Catalogue:
     async def find(self, name: str) -> Model:
         """The model of that name. Raises ModelNotFound, or Unavailable if it is known but not servable here."""
         model = self._models.get(name)
-        if model is None and time.monotonic() - self._read_at > MISS_REFRESH_S:
+        if model is None and time.monotonic() - self._began_at > MISS_REFRESH_S:
             await self.refresh()
             model = self._models.get(name)
         if model is not None:
@@ -90,16 +89,21 @@ class Catalogue:
         raise ModelNotFound(f"The model {shown!r} does not exist", param="model")
 
     async def refresh(self) -> None:
-        """Read the table. While it cannot be read, what was known stays."""
+        """Read the table. While it cannot be read, what was known stays.
+
+        Callers share a reading that began after they came: many at once cost one or two, not a queue of them.
+        """
+        came_at = time.monotonic()
         async with self._reading:
+            if self._began_at > came_at:
+                return
+            self._began_at = time.monotonic()
             try:
                 table = await self._bus.table("models")
                 entries = await table.all(ModelEntry)
             except DeepFlowError as error:
                 self._log.warning("catalogue_unreachable", error=error.message)
                 return
-            finally:
-                self._read_at = time.monotonic()
             found = {entry.name: entry for entry in entries.values()}
             for gone in [name for name in self._models if name not in found]:
                 del self._models[gone]

@@ -36,7 +36,10 @@ class Piece:
 
 
 class ChoiceText:
-    """The text of one choice as it grows. `num_tokens` counts what is billed: nothing past a stop string."""
+    """The text of one choice as it grows. `num_tokens` counts what is billed: nothing past a stop string.
+
+    `continues`: the text goes on after a prompt's (a completion), instead of being one of its own (a chat's message).
+    """
 
     def __init__(
         self,
@@ -48,11 +51,12 @@ class ChoiceText:
         skip_special: bool = True,
         include_stop: bool = False,
         logprobs: bool = False,
+        continues: bool = False,
     ) -> None:
         self.choice = choice
         self.finish: str | None = None
         self.num_tokens = 0
-        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
+        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special, continues=continues)
         self._stops = StopStrings(stop, include=include_stop) if stop else None
         self._min_tokens = min_tokens
         self._logprobs = logprobs

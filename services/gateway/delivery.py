@@ -134,7 +134,7 @@ class Delivery:
         """How many tokens of each choice the client has."""
         return [len(ids) for ids in self.output]
 
-    def _current(self, attempt: int) -> bool:
+    def awaits(self, attempt: int) -> bool:
         """Whether news of this attempt still matters."""
         return not self.over and attempt == self.attempt
 
@@ -154,7 +154,7 @@ class Delivery:
 
     def accepted(self, attempt: int, by: str, te: str | None, now: float) -> list[Action]:
         """A JE took this attempt: a TE has it, or (`te` None) the JE parks it."""
-        if not self._current(attempt):
+        if not self.awaits(attempt):
             if te is not None and te == self.te:  # its frames were faster than this answer
                 return []
             return [Drop(te or by, attempt)]
@@ -168,7 +168,7 @@ class Delivery:
 
     def refused(self, attempt: int, error: DeepFlowError, now: float) -> list[Action]:
         """No JE took this attempt: it said no, nobody was there, or it stayed silent."""
-        if not self._current(attempt):
+        if not self.awaits(attempt):
             return []
         self._submitting = False
         if self.te is not None:  # its answer was lost, yet its TE speaks
@@ -179,7 +179,7 @@ class Delivery:
         self, source: str, attempt: int, state: str, te: str | None, now: float
     ) -> list[Action]:
         """A JE tells what happens to a request it parked."""
-        if not self._current(attempt):
+        if not self.awaits(attempt):
             return [Drop(te or source, attempt)] if attempt <= self.attempt else []
         self._heard = now
         if te is not None:
@@ -200,7 +200,7 @@ class Delivery:
 
     def tokens(self, source: str, delta: Delta, now: float) -> list[Action]:
         """A delta from the bus: in order, repeated, out of date, or after a gap."""
-        if not self._current(delta.attempt):
+        if not self.awaits(delta.attempt):
             if delta.finish is None and delta.attempt <= self.attempt:
                 return [Drop(source, delta.attempt)]
             return []
@@ -288,13 +288,13 @@ class Delivery:
 
     def replayed(self, attempt: int, deltas: list[Delta], now: float) -> list[Action]:
         """The TE's answer to `Ask`."""
-        if not self._current(attempt):
+        if not self.awaits(attempt):
             return []
         self._asking = False
         self._heard = now
         actions: list[Action] = []
         for delta in deltas:
-            if not self._current(attempt):
+            if not self.awaits(attempt):
                 break
             if delta.attempt != attempt or not 0 <= delta.choice < len(self.ended):
                 continue
@@ -308,7 +308,7 @@ class Delivery:
 
     def replay_failed(self, attempt: int, error: DeepFlowError, now: float) -> list[Action]:
         """The TE could not answer `Ask`: it forgot the request, it is gone, or it stayed silent."""
-        if not self._current(attempt):
+        if not self.awaits(attempt):
             return []
         self._asking = False
         if isinstance(error, NotFound | Unavailable):
@@ -360,11 +360,15 @@ class Delivery:
     # ------------------------------------------------------------------------------------------------ ends and losses
 
     def stop(self, choice: int, keep: int) -> list[Action]:
-        """A stop string ended this choice after `keep` tokens. No further Emit for it."""
-        if self.ended[choice]:
+        """A stop string ended this choice after `keep` tokens. No further Emit for it.
+
+        If the tokens that completed it also ended the choice, its TE only has to forget those past the stop string.
+        """
+        if not self.ended[choice]:
+            self.ended[choice] = True
+            self._live -= 1
+        elif keep >= len(self.output[choice]):
             return []
-        self.ended[choice] = True
-        self._live -= 1
         del self.output[choice][keep:]
         return [Drop(self.te, self.attempt, choice, keep)] if self.te is not None else []
 

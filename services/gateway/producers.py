@@ -6,7 +6,9 @@ else the whole answer is one. The encoding is the request's. An error is a messa
 is always the last. A reply subject inside our own subject space, or one with wildcards, is ignored: an answer must
 not become an order to a service.
 
-NATS does not tell when a producer leaves, so its work runs to the end or the deadline. This module must not know HTTP.
+The tenant is the producer's NATS account, which the server names (`RawMessage.account`); `local` where there is none:
+on a server without accounts, where whoever may connect may do anything. NATS does not tell when a producer leaves, so
+its work runs to the end or the deadline. This module must not know HTTP.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Producers:
         encoder = _encoding(message.data)
         try:
             order = self._order(message)
-            await self._answer(order, message.reply, encoder)
+            await self._answer(order, message.account or LOCAL, message.reply, encoder)
         except DeepFlowError as error:
             await self._error(message.reply, encoder, error)
         except Exception:
@@ -98,8 +100,8 @@ class Producers:
             raise InvalidRequest("'model' differs from the subject's", param="model")
         return read_chat(body) if body.get("messages") is not None else read_completion(body)
 
-    async def _answer(self, order: Order, reply: str, encoder: Encode) -> None:
-        async with self._calls.open(order, Caller(tenant=LOCAL)) as call:
+    async def _answer(self, order: Order, tenant: str, reply: str, encoder: Encode) -> None:
+        async with self._calls.open(order, Caller(tenant=tenant)) as call:
             if not order.stream:
                 pieces = await call.answer.whole()
                 body = whole(

@@ -1,7 +1,8 @@
 """The tokenizer pool: prompts to token ids and page hashes in processes of their own, never in the event loop.
 
-A few long-lived processes (`tokenizing.py`), each with one job at a time. One that crashes or passes the time limit is
-killed and replaced, and only the job it had fails. A full queue is refused. This module must not know HTTP or the bus.
+A few long-lived processes (`tokenizing.py`), each with one job at a time. One that passes the time limit is killed and
+replaced, and only the job it had fails. So is one that dies; its job is tried once more, since it may have died before
+it read it. A full queue is refused. This module must not know HTTP or the bus.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ MAX_WAITING: Final = 1024
 WARM_S: Final = 10.0  # a start is not held up longer; the first jobs wait instead
 _LENGTH_BYTES: Final = tokenizing.LENGTH_BYTES
 _RESPAWN_S: Final = 0.5
+# How a process is lost: too slow, not even started, died, or talks nonsense.
+_LOST: Final = (TimeoutError, OSError, asyncio.IncompleteReadError, wire.WireError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Prompt:
 class _Job:
     body: bytes
     answer: asyncio.Future[dict[str, Any]]
+    retried: bool = False
 
 
 class Prompts:
@@ -68,8 +72,8 @@ class Prompts:
         job = wire.pack({"op": "load", "folder": folder, "version": version})
         self._models = {key: body for key, body in self._models.items() if key[0] != folder}
         self._models[folder, version] = job
-        for _ in range(self.num_processes):  # the idle ones take one each
-            self._put(job).add_done_callback(_ignore)
+        for _ in range(self.num_processes):  # wake the idle ones
+            self._wanted.release()
 
     async def chat(
         self,
@@ -135,18 +139,14 @@ class Prompts:
         """One seat of the pool: there is always a process in it."""
         try:
             while True:
-                process = await self._spawn(index)
                 try:
-                    await self._feed(process)
-                except (
-                    TimeoutError,
-                    OSError,
-                    asyncio.IncompleteReadError,
-                    wire.WireError,
-                ) as error:
+                    process = await self._spawn(index)
+                    try:
+                        await self._feed(process)
+                    finally:
+                        await _end(process)
+                except _LOST as error:
                     self._log.error("tokenizing_process_lost", error=repr(error))
-                finally:
-                    await _end(process)
                 await asyncio.sleep(_RESPAWN_S)
         finally:
             self._processes.pop(index, None)
@@ -168,11 +168,14 @@ class Prompts:
         """Hand jobs to one process until it fails one."""
         loaded: set[bytes] = set()
         while True:
-            for body in [body for body in self._models.values() if body not in loaded]:
-                loaded.add(body)
-                await self._exchange(process, body)
+            for key, body in list(self._models.items()):
+                if body not in loaded:
+                    loaded.add(body)
+                    await self._load(process, key, body)
             self._count_warm()
             await self._wanted.acquire()
+            if not self._waiting:  # woken to load
+                continue
             job = self._waiting.popleft()
             if job.answer.done():  # the client left
                 continue
@@ -181,11 +184,31 @@ class Prompts:
             except TimeoutError:
                 _fail(job, DeadlineExceeded("tokenizing the prompt took too long"))
                 raise
+            except (OSError, asyncio.IncompleteReadError):
+                self._retry(job)
+                raise
             except BaseException:
                 _fail(job, Internal("tokenizing the prompt failed"))
                 raise
             if not job.answer.done():
                 job.answer.set_result(answer)
+
+    async def _load(self, process: Process, key: tuple[str, str], body: bytes) -> None:
+        """Load a model ahead of its first job. One that costs a process its life is left to the jobs that name it."""
+        try:
+            await self._exchange(process, body)
+        except _LOST:
+            self._models.pop(key, None)
+            raise
+
+    def _retry(self, job: _Job) -> None:
+        """The process died with this job: first in the queue again, once."""
+        if job.retried:
+            _fail(job, Internal("tokenizing the prompt failed"))
+            return
+        job.retried = True
+        self._waiting.appendleft(job)
+        self._wanted.release()
 
     def _count_warm(self) -> None:
         if not self._warm.is_set():
@@ -217,12 +240,6 @@ class Prompts:
 def _fail(job: _Job, error: Exception) -> None:
     if not job.answer.done():
         job.answer.set_exception(error)
-
-
-def _ignore(future: asyncio.Future[dict[str, Any]]) -> None:
-    """A load nobody waits for: if it failed, so will the first job, and that one is answered."""
-    if not future.cancelled():
-        future.exception()
 
 
 async def _end(process: Process) -> None:

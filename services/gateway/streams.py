@@ -8,6 +8,7 @@ must not know text or HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Final, Protocol
 from services.gateway.counts import Counts
 from services.gateway.delivery import Action, Ask, Delivery, Drop, Emit, Limits, Submit
 from shared.bus import Bus, Subscription
-from shared.errors import DeepFlowError, Internal
+from shared.errors import DeepFlowError, Internal, Unavailable
 from shared.liveness import Liveness
 from shared.log import Logger
 from shared.messages import (
@@ -83,6 +84,8 @@ class Streams:
         self._log = log
         self._clock = clock
         self._streams: dict[str, Stream] = {}
+        self._online = asyncio.Event()
+        self._online.set()
         self._tes = Liveness()
         self._jes = Liveness()
         self._sequence: dict[str, int] = {}  # TE -> number of its latest frame
@@ -130,9 +133,7 @@ class Streams:
         delivery = stream.delivery
         for action in actions:
             if type(action) is Emit:
-                keep = stream.sink.push(action, self._clock())
-                if keep is not None:
-                    self._do(stream, delivery.stop(action.choice, keep))
+                self._emit(stream, action)
             elif type(action) is Submit:
                 if action.attempt > 1:
                     self._counts.resubmissions.inc()
@@ -151,13 +152,34 @@ class Streams:
         if delivery.over:
             self._streams.pop(stream.request.request, None)
 
+    def _emit(self, stream: Stream, emit: Emit) -> None:
+        try:
+            keep = stream.sink.push(emit, self._clock())
+        except Exception:
+            # A fault in one request's text must cost neither the others anything nor this one its end.
+            self._log.exception("stream_failed", request=stream.request.request)
+            error = Internal("the answer cannot be written")
+            failed = Emit(emit.choice, [], finish="failed", failure=error)
+            self._do(stream, [failed, *stream.delivery.fail(error)])
+            return
+        if keep is not None:
+            self._do(stream, stream.delivery.stop(emit.choice, keep))
+
     async def _submit(self, stream: Stream, action: Submit) -> None:
         delivery = stream.delivery
         if action.delay_s:
             await asyncio.sleep(action.delay_s)
-        if delivery.over or delivery.attempt != action.attempt:
+        # Sent while the bus is away it would lie in the client's buffer, and every later attempt behind it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delivery.park_s(self._clock())):
+                await self._online.wait()
+        if not delivery.awaits(action.attempt):
             return
         now = self._clock()
+        if not self._online.is_set():
+            away = Unavailable("the bus is away", retry_after_s=1.0)
+            self._do(stream, delivery.refused(action.attempt, away, now))
+            return
         request = replace(
             stream.request,
             attempt=action.attempt,
@@ -250,13 +272,9 @@ class Streams:
                     self._stray(source, delta.request, delta.attempt, now)
                 continue
             touched.add(delta.request)
-            try:
-                actions = stream.delivery.tokens(source, delta, now)
-                if actions:
-                    self._do(stream, actions)
-            except Exception:  # a fault in one request's text must not cost the frame's others
-                self._log.exception("stream_failed", request=delta.request)
-                self._do(stream, stream.delivery.fail(Internal("the answer cannot be written")))
+            actions = stream.delivery.tokens(source, delta, now)
+            if actions:
+                self._do(stream, actions)
         before = self._sequence.get(source)
         if before is None or frame.seq > before:
             if len(self._sequence) >= MAX_SOURCES and before is None:
@@ -329,11 +347,13 @@ class Streams:
             self._do(stream, stream.delivery.je_lost(je, now))
 
     def _disconnected(self) -> None:
+        self._online.clear()
         self._tes.hold()
         self._jes.hold()
 
     def _reconnected(self) -> None:
         now = self._clock()
+        self._online.set()
         self._tes.resume(now)
         self._jes.resume(now)
         for stream in list(self._streams.values()):

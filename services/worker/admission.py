@@ -18,30 +18,39 @@ if TYPE_CHECKING:
 
     from shared.messages import Request, Task
 
-REMEMBERED_S: Final = 10.0  # how long the end of a task is remembered, for a repeated one
+# How long the end of a task is remembered, for a repeated one. No shorter than the engine's `keep_finished_s`: what is
+# taken here and known there would be owed an end that never comes.
+REMEMBERED_S: Final = 10.0
 
 
 class Admission:
     """The tasks this TE owes an end, by (request, attempt), and those that ended of late."""
 
     def __init__(
-        self, *, model: str, max_choices: int, validate: Callable[[Request], None]
+        self,
+        *,
+        model: str,
+        max_choices: int,
+        validate: Callable[[Request], None],
+        retry_after_s: Callable[[], float],
     ) -> None:
-        """`max_choices` bounds the choices under way; `validate` raises InvalidRequest for what can never run."""
+        """`max_choices` bounds the choices under way; `validate` raises InvalidRequest for what can never run;
+        `retry_after_s` says when there may be room again."""
         self.model = model
         self.max_choices = max_choices
         self.draining = False
         self.num_choices = 0
         self._validate = validate
+        self._retry_after_s = retry_after_s
         self._tasks: dict[tuple[str, int], Task] = {}
         self._newest: dict[str, int] = {}  # attempt of each request under way
         self._ended: OrderedDict[tuple[str, int], float] = OrderedDict()
 
-    def admit(self, task: Task, now: float, *, wait_s: float = 1.0) -> bool:
+    def admit(self, task: Task, now: float) -> bool:
         """Take `task`; False if it had been taken before, so that nothing is left to do.
 
-        Raises InvalidRequest (not for this TE, or too long), Overloaded (full; come again after `wait_s`), Unavailable
-        (draining). A request of more choices than the bound is taken when nothing else is under way.
+        Raises InvalidRequest (not for this TE, or too long), Overloaded (full), Unavailable (draining). A request of
+        more choices than the bound is taken when nothing else is under way.
         """
         request = task.request
         key = (request.request, request.attempt)
@@ -62,7 +71,7 @@ class Admission:
         older = None if newest is None else self._tasks.get((request.request, newest))
         others = self.num_choices - (0 if older is None else _num_choices(older.request))
         if others and others + _num_choices(request) > self.max_choices:
-            raise Overloaded("the TE is full", retry_after_s=wait_s)
+            raise Overloaded("the TE is full", retry_after_s=self._retry_after_s())
         self._tasks[key] = task
         self._newest[request.request] = request.attempt
         self.num_choices += _num_choices(request)

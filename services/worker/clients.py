@@ -10,7 +10,7 @@ from typing import Final
 
 from shared.liveness import Liveness
 
-SILENCE_S: Final = 2.0  # a client that beat once and then is silent for this long is gone
+SILENCE_S: Final = 3.0  # a client that beat once and then is silent for this long is gone
 GRACE_S: Final = 5.0  # a client that has sent work, but no beat yet, gets this long
 
 

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from services.worker.settings import TeSettings
     from shared.catalog import ModelFolder
 
-_WARM_UP_PROMPT: Final = (
-    PAGE - 3
-)  # with three tokens of output no page is computed whole: nothing enters the index
-_UNBOUNDED: Final = 1 << 30
+# With three tokens of output no page is computed whole: nothing enters the index.
+_WARM_UP_PROMPT: Final = PAGE - 3
 
 
 def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
@@ -35,7 +33,6 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
         page=PAGE,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
-        max_waiting=_UNBOUNDED,  # the shell's books are the bound: what they let in is not refused here
     )
     _warm_up(engine)
     # What was made so far stays: the collector need not visit it again.

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 from services.worker.child import Child
 from services.worker.meters import Meters
-from services.worker.recipe import model_entry
+from services.worker.recipe import model_entry, served_context
 from services.worker.registrar import Registrar
-from services.worker.restarts import Restarts
 from services.worker.settings import PAGE, WorkerSettings, for_te
 from shared.catalog import open_model
 from shared.errors import DeepFlowError
 from shared.liveness import Liveness
 from shared.messages import Down, Registration, TeBeat
+from shared.restarts import Restarts
 from shared.service import Service, host_name
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 _JUDGE_S: Final = 0.1
+# No beat for so long, or no progress for so long beyond the predicted step: the TE hangs. On purpose more patient than
+# gateways and JEs (1.5 s). If they are wrong about a TE that is merely slow, requests move; if we are, weights are
+# loaded again, on a machine that is slow already. It also covers a TE that finds the bus again later than we do.
+HUNG_S: Final = 5.0
 _LAST_WORDS_S: Final = 5.0  # beyond its grace, what a TE gets to say its last words
 
 
@@ -42,9 +46,8 @@ class Place:
         self.restarts = Restarts()
         self.child: Child | None = None
         self.te = ""  # the present instance, once it told its name
-        self.state = (
-            "starting"  # then a TE's own: loading, ready, draining; "waiting" between two TEs
-        )
+        # Then a TE's own: loading, ready, draining; "waiting" between two TEs.
+        self.state = "starting"
         self.started_at = 0.0
         self.verdict = ""  # why we killed it
 
@@ -60,7 +63,7 @@ class Pod:
         self._log = service.log
         self._meters = Meters(service.metrics)
         self._registrar = Registrar(service.bus, service.log)
-        self._liveness = Liveness()
+        self._liveness = Liveness(HUNG_S)
         self._places = [
             Place(model, str(number))
             for model in self._settings.models
@@ -69,11 +72,12 @@ class Pod:
         self._keepers: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Announce the models and start everything. Raises ModelNotFound, Unavailable."""
+        """Announce the models and start everything. Raises ModelNotFound, ModelError, Unavailable."""
         service, settings = self._service, self._settings
         for name in settings.models:
             folder = open_model(settings.cache_dir, name)
-            entry = model_entry(folder, dtype=settings.dtype, page=PAGE)
+            context = served_context(folder, settings, page=PAGE)
+            entry = model_entry(folder, dtype=settings.dtype, page=PAGE, context=context)
             self._registrar.put("models", name, entry)
         registration = Registration(
             kind="pod", id=service.id, host=host_name(), pid=os.getpid(), page=PAGE
@@ -102,7 +106,6 @@ class Pod:
             if delay_s is None:
                 self._service.stop(f"a TE of {place.model} died five times in a minute: {reason}")
                 return
-            place.state = "waiting"
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._service.stopping.wait()
@@ -131,6 +134,7 @@ class Pod:
             child.kill()
             if beats is not None:
                 await beats.stop()
+        place.state = "waiting"
         reason = f"{place.verdict} ({ending})" if place.verdict else ending
         if te:
             await self._bury(place, te, reason)
@@ -140,11 +144,11 @@ class Pod:
         """Tell everybody that `te` is dead, first of all those who wait for its tokens."""
         self._log.warning("te_died", te=te, model=place.model, reason=reason)
         self._liveness.down(te)
+        self._say_ready()
         if not place.verdict:
             await self._say_down(te, reason)
         self._meters.died(place.model, place.label, te)
         await self._registrar.remove("registrations", te)
-        self._say_ready()
 
     async def _say_down(self, te: str, reason: str) -> None:
         try:

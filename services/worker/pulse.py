@@ -6,6 +6,7 @@ attribute changes hands, which is atomic in CPython.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 # The shell asks at 5 Hz; a longer gap means that the whole process stood still.
@@ -18,6 +19,7 @@ class Pulse:
     def __init__(self) -> None:
         self._progress: float | None = None  # None: no work
         self._asked: float | None = None
+        self._forgiven = -math.inf  # the shell's own: the engine thread alone writes `_progress`
 
     def busy(self, now: float) -> None:
         """A step was finished, or work came in, and there is work."""
@@ -38,5 +40,5 @@ class Pulse:
         if progress is None:
             return 0.0
         if asked is not None and now - asked > FORGIVEN_S:
-            self._progress = progress = now
-        return max(0.0, now - progress)
+            self._forgiven = now
+        return max(0.0, now - max(progress, self._forgiven))

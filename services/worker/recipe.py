@@ -9,9 +9,11 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from services.worker.flowserve.config import ModelConfig
 from shared.messages import ModelEntry
 
 if TYPE_CHECKING:
+    from services.worker.settings import WorkerSettings
     from shared.catalog import ModelFolder
 
 # Changes with every change of the arithmetic that changes keys or values.
@@ -24,12 +26,24 @@ def recipe_digest(folder: ModelFolder, *, dtype: str, page: int) -> str:
     return blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def model_entry(folder: ModelFolder, *, dtype: str, page: int) -> ModelEntry:
+def served_context(folder: ModelFolder, settings: WorkerSettings, *, page: int) -> int:
+    """The longest sequence that a TE with these settings takes: the model's context, or its whole KV pool where that is
+    smaller. It is the engine's own answer, known before any weights are loaded. Raises ModelError."""
+    config = ModelConfig.from_folder(folder.path)
+    if settings.kv_tokens:
+        num_blocks = -(-settings.kv_tokens // page)
+    else:
+        elements = config.num_layers * 2 * config.num_kv_heads * page * config.head_dim
+        num_blocks = settings.kv_bytes // (elements * (2 if settings.dtype == "bf16" else 4))
+    return min(config.context, num_blocks * page)
+
+
+def model_entry(folder: ModelFolder, *, dtype: str, page: int, context: int) -> ModelEntry:
     """How the catalogue describes this model, served in `dtype` with KV pages of `page` tokens."""
     return ModelEntry(
         name=folder.name,
         folder=folder.path.name,
-        context=folder.context,
+        context=context,
         vocab=folder.vocab,
         page=page,
         eos_ids=folder.eos_ids,

@@ -45,8 +45,10 @@ class Registrar:
             await self._due.wait()
             self._due.clear()
             try:
-                for (table, key), message in list(self._entries.items()):
-                    await (await self._bus.table(table)).put(key, message)
+                for table, key in list(self._entries):
+                    bucket = await self._bus.table(table)
+                    if message := self._entries.get((table, key)):  # not removed meanwhile
+                        await bucket.put(key, message)
             except DeepFlowError as error:
                 self._log.warning("registration_failed", error=error.message)
                 await asyncio.sleep(_RETRY_S)

@@ -15,6 +15,7 @@ from shared.config import ConfigError, Reader, Settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+DEVICES = ("auto", "cpu")
 DTYPES = ("w8a8", "fp32", "bf16")
 PAGE = 16  # tokens per KV page on CPU and CUDA; also the hash granularity
 _KV_BYTES = 1 << 30
@@ -26,6 +27,7 @@ class WorkerSettings(Settings):
 
     models: tuple[str, ...]
     num_tes: int  # of each model
+    device: str  # auto: the best there is
     dtype: str
     kv_bytes: int  # per TE; counts only where `kv_tokens` is 0
     kv_tokens: int  # per TE
@@ -49,6 +51,7 @@ class WorkerSettings(Settings):
         return Settings.read(reader) | {
             "models": models,
             "num_tes": num_tes,
+            "device": reader.choice("DEEPFLOW_DEVICE", "auto", DEVICES),
             "dtype": reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES),
             "kv_bytes": reader.integer("DEEPFLOW_KV_BYTES", _KV_BYTES, 1, 1 << 50),
             "kv_tokens": reader.integer("DEEPFLOW_KV_TOKENS", 0, 0, 1 << 40),

@@ -121,6 +121,7 @@ class Shell:
             model=self._model,
             max_choices=settings.max_num_seqs + settings.max_waiting,
             validate=engine.validate,
+            retry_after_s=partial(_retry_after_s, engine),
         )
         self._before = Counter(engine.counters)
         self._ledger = engine.ledger()
@@ -128,8 +129,8 @@ class Shell:
         await self._bus.serve(subjects.task(self._te), kinds, self._take)
         await self._bus.serve(subjects.blocks_dump(self._te), (BlocksQuery,), self._dump)
         await self._bus.listen(subjects.cancel(self._te), (Cancel,), self._cancel)
-        self._registrar.put("registrations", self._te, self._registration)
         if not self._service.stopping.is_set():
+            self._registrar.put("registrations", self._te, self._registration)
             self._state = "ready"
             self._service.ready()
         self._log.info("te_ready", model=self._model, blocks=engine.load().blocks_total)
@@ -141,16 +142,8 @@ class Shell:
             replay = message
             return Replayed(deltas=await self._loop.ask(lambda engine, _: engine.replay(replay)))
         assert self._admission is not None
-        assert self._engine is not None
         request, now = message.request, time.monotonic()
-        try:
-            is_new = self._admission.admit(message, now)
-        except DeepFlowError as error:
-            if error.retry_after_s is not None:
-                low, high = _RETRY_S
-                error.retry_after_s = min(max(self._engine.load().outstanding_s / 2, low), high)
-            raise
-        if is_new:
+        if self._admission.admit(message, now):
             self._clients.began(request.client, now)
             self._loop.post(partial(_submit, request))
         return Accepted(request=request.request, attempt=request.attempt, by=self._te, te=self._te)
@@ -330,6 +323,12 @@ class Shell:
             await self._loop.stop()
             await self._reports.join()
         await self._registrar.remove("registrations", self._te)
+
+
+def _retry_after_s(engine: Engine) -> float:
+    """When to come back to a full TE: once half of its work is done."""
+    low, high = _RETRY_S
+    return min(max(engine.load().outstanding_s / 2, low), high)
 
 
 def _submit(request: Request, engine: Engine, report: Report) -> None:

@@ -14,8 +14,7 @@ from services.worker.loop import SWITCH_INTERVAL_S
 from services.worker.settings import TeSettings
 from services.worker.shell import Shell
 from shared.catalog import open_model
-from shared.config import ConfigError
-from shared.service import Service, run
+from shared.service import Service, main
 
 if TYPE_CHECKING:
     from services.worker.flowserve.engine import Engine
@@ -26,6 +25,8 @@ async def open_te(service: Service[TeSettings]) -> None:
     attach(service.id)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = service.settings
+    why = "it is set" if settings.device == "cpu" else "no other device is served yet"
+    service.log.info("device_picked", device="cpu", why=why, threads=settings.threads)
     folder = open_model(settings.cache_dir, settings.model)
 
     def load() -> Engine:
@@ -36,18 +37,8 @@ async def open_te(service: Service[TeSettings]) -> None:
     await Shell(service, folder, load).open()
 
 
-def main() -> int:
-    """Parse the environment and run until told to stop."""
-    try:
-        settings = TeSettings.load(os.environ)
-    except ConfigError as error:
-        print(error, file=sys.stderr)  # noqa: T201 - before there is a log
-        return 2
-    return run("te", settings, open_te)
-
-
 if __name__ == "__main__":
-    code = main()
+    code = main("te", TeSettings.load, open_te)
     sys.stderr.flush()
     # Not sys.exit: the engine's thread may still be in native code, which must not find the interpreter gone.
     os._exit(code)

@@ -79,6 +79,12 @@ async def test_a_log_that_has_grown_is_cut_short_under_its_writer(tmp_path: Path
     await one.wait()
 
 
+def test_a_log_that_was_taken_away_is_bounded(tmp_path: Path) -> None:
+    """Somebody who deletes a log file does not end the platform."""
+    child(tmp_path, "").bound_log()
+    assert not (tmp_path / "it.log").exists()
+
+
 def test_each_run_begins_a_log(tmp_path: Path) -> None:
     """The log of the run before is kept, the one before that is not."""
     one = child(tmp_path, "")

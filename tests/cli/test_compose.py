@@ -19,6 +19,8 @@ from tests.cli.machine import ROOT, Machine
 from tests.worker.tiny import make_tiny
 
 SERVICES = ("cache", "worker", "scheduler", "gateway")
+# Only a socket that is bound to every address answers here: that is how a published port reaches into a container.
+_OUTSIDE = "127.0.0.2"
 # A client in the machine's network: argv is url, key, JSON body; prints status and body.
 _CLIENT = """
 import sys, urllib.error, urllib.request
@@ -118,7 +120,7 @@ class Platform:
     def ask(self, path: str, key: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
         """Status and JSON of the gateway's answer."""
         text = json.dumps(body) if body is not None else ""
-        command = ["python3", "-c", _CLIENT, f"http://127.0.0.1:8000{path}", key, text]
+        command = ["python3", "-c", _CLIENT, f"http://{_OUTSIDE}:8000{path}", key, text]
         done = subprocess.run(
             self.host.inside(command), capture_output=True, text=True, check=True, timeout=60
         )

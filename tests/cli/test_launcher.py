@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -12,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from deepflow.cli.home import Home, Instance
+from deepflow.cli.status import ask
+from shared.errors import DeepFlowError
 from tests.worker.tiny import make_tiny
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -41,27 +44,30 @@ class Command:
             env=self.env, input=text, capture_output=True, text=True, timeout=90, check=False,
         )  # fmt: skip
 
-    def up(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """`deepflow up` in the foreground, until it says that it is ready."""
+    def up(self, *arguments: str, ready: bool = True) -> subprocess.Popen[bytes]:
+        """`deepflow up` in the foreground, until it says that it is ready, or at least has started all services."""
         with self.output.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "deepflow.cli.main", "up", "--model", "tiny", *arguments],
                 env=self.env, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         self._started.append(psutil.Process(process.pid))
-        wait(lambda: "ready at" in self.said() or process.poll() is not None, self.said)
+        wait(
+            lambda: (
+                process.poll() is not None
+                or ("ready at" in self.said() if ready else self.instance() is not None)
+            ),
+            self.said,
+        )
         return process
+
+    def instance(self) -> Instance | None:
+        """The running instance, as other commands find it."""
+        return Home(self.home, self.home / "cache").running()
 
     def said(self) -> str:
         """What `deepflow up` has printed."""
         return self.output.read_text()
-
-    def status(self) -> dict[str, Any]:
-        """`deepflow status --json`."""
-        result = self.run("status", "--json")
-        assert result.returncode == 0, result.stderr
-        found: dict[str, Any] = json.loads(result.stdout)
-        return found
 
     def family(self) -> list[psutil.Process]:
         """Every process of this home, whoever its parent is by now."""
@@ -103,14 +109,15 @@ def test_ctrl_c_stops_what_up_started(command: Command) -> None:
     said = command.said()
     assert said.count("ready at") == 1, said
     url = re.findall(r"http://[^\s/]+", said)[0]
-    status = command.status()
+    result = command.run("status", "--json")
+    assert result.returncode == 0, result.stderr
+    status = json.loads(result.stdout)
     assert status["url"] == url
     assert {service["name"] for service in status["services"]} == NAMES
     assert [(te["model"], te["role"], te["state"]) for te in status["tes"]] == [
         ("tiny", "colocated", "ready")
     ]
     assert psutil.pid_exists(status["tes"][0]["pid"])
-    assert "tiny" in command.run("status").stdout
 
     again = command.run("up", "--model", "tiny")
     assert again.returncode == 1
@@ -137,22 +144,32 @@ def test_a_detached_instance_is_used_mended_and_stopped(command: Command) -> Non
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout.strip()
     assert "service_started" in command.run("logs", "gateway").stdout
+    assert re.search(r"te-\w+ +tiny +\d+ +ready", command.run("status").stdout)
 
-    before = command.status()
-    nats_url = json.loads((command.home / "instance.json").read_text())["nats_url"]
-    killed = {s["name"]: s["pid"] for s in before["services"] if s["name"] != "launcher"}
-    for pid in killed.values():
+    before = command.instance()
+    assert before is not None
+    assert set(before.services) == NAMES - {"launcher"}
+    for pid in before.services.values():
         os.kill(pid, signal.SIGKILL)
 
     def is_mended() -> bool:
-        now = command.status()
-        pids = {s["name"]: s["pid"] for s in now["services"] if s.get("ready")}
-        new = all(pids.get(name, pid) != pid for name, pid in killed.items())
-        return new and any(te["state"] == "ready" for te in now["tes"])
+        now = command.instance()
+        if now is None or any(
+            now.services.get(name, pid) == pid for name, pid in before.services.items()
+        ):
+            return False
+        try:
+            found = asyncio.run(ask(now))
+        except (DeepFlowError, TimeoutError):  # the new bus is not there yet
+            return False
+        ready = {service["name"] for service in found["services"] if service.get("ready")}
+        return ready == NAMES and [te["state"] for te in found["tes"]] == ["ready"]
 
     wait(is_mended, lambda: (command.home / "logs/launcher.log").read_text())
-    assert json.loads((command.home / "instance.json").read_text())["nats_url"] == nats_url
-    wait(lambda: command.run("chat", text="Hello\n").returncode == 0, command.status, 30)
+    mended = command.instance()
+    assert mended is not None
+    assert mended.nats_url == before.nats_url
+    wait(lambda: command.run("chat", text="Hello\n").returncode == 0, command.instance, 30)
 
     down = command.run("down")
     assert down.returncode == 0, down.stderr
@@ -170,16 +187,21 @@ def test_nobody_outlives_a_killed_launcher(command: Command) -> None:
 
 def test_a_child_that_keeps_dying_ends_everything(command: Command) -> None:
     """After five deaths within a minute the launcher stops the rest, says why, and fails."""
-    process = command.up("--port", "0")
-    instance = command.home / "instance.json"
-    for death in range(1, 6):
-        pid = json.loads(instance.read_text())["services"]["cache"]
+    process = command.up("--port", "0", ready=False)
+    killed: set[int | None] = {None}
+
+    def cache() -> int | None:
+        """The process that runs now, unless we have killed it."""
+        instance = command.instance()
+        pid = instance.services.get("cache") if instance is not None else None
+        return None if pid in killed else pid
+
+    for _ in range(5):
+        wait(lambda: cache() is not None, command.said)
+        pid = cache()
+        assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        if death < 5:
-            wait(
-                lambda pid=pid: json.loads(instance.read_text())["services"].get("cache") not in (None, pid),  # type: ignore[misc]
-                command.said,
-            )  # fmt: skip
+        killed.add(pid)
     assert process.wait(60) == 1
     assert "cache was killed by SIGKILL, for the fifth time within a minute" in command.said()
     assert command.family() == []

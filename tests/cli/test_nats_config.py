@@ -18,7 +18,8 @@ from deepflow.deploy import nats_config
 from shared.bus import Bus
 from shared.config import BusSettings
 from shared.messages import Registration
-from shared.subjects import KINDS, Subjects, permissions
+from shared.permissions import KINDS, permissions
+from shared.subjects import Subjects
 
 ROOT = Path(__file__).resolve().parents[2]
 ON = Subjects("deepflow")
@@ -77,7 +78,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
 
 def test_the_committed_file_is_the_generated_one() -> None:
-    """deploy/nats/nats.conf is what the generator makes of shared/subjects.py."""
+    """deploy/nats/nats.conf is what the generator makes of shared/permissions.py."""
     committed = (ROOT / "deploy/nats/nats.conf").read_text()
     assert committed == nats_config.compose().render(), (
         "python -m deepflow.deploy.nats_config > deploy/nats/nats.conf"
@@ -103,10 +104,17 @@ def test_only_their_owners_touch_the_secret_tables() -> None:
         assert bool(keys) == (kind == "gateway")
 
 
+def test_no_service_publishes_prompts() -> None:
+    """A prompt always crosses accounts, where the server writes the account's name over a forged one."""
+    for kind in KINDS:
+        assert ON.prompt("*") not in permissions(kind, "deepflow").publish
+
+
 @pytest.mark.service
 @pytest.mark.parametrize(
     ("user", "subject"),
     [
+        ("gateway", ON.prompt("m")),  # nor anybody else: see above
         ("gateway", ON.tokens("gateway-1")),  # tokens come from TEs
         ("gateway", ON.beat("te", "te-1")),  # nobody beats for another kind
         ("scheduler", ON.request("m")),  # requests come from gateways

@@ -205,3 +205,11 @@ def test_a_reference_that_leads_nowhere_says_what_would(cache: Path, reference: 
     """The error lists what is known and how a hub's model is written."""
     with pytest.raises(NotFound, match=r"smollm2-135m.*hf:org/name"):
         pull(reference, cache)
+
+
+def test_a_sweep_meets_a_pull_that_just_ended(source: Path, cache: Path) -> None:
+    """A temporary folder that vanishes between being listed and being opened stops nobody."""
+    models = cache / "models"
+    models.mkdir(parents=True)
+    (models / ".tmp-1-gone").symlink_to(models / "nowhere")  # listed, but not there to be opened
+    assert pull(str(source), cache).name == "tiny"

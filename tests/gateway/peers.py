@@ -73,6 +73,7 @@ class Peers:
         self.on_request: Callable[[Request], Awaitable[Accepted]] = self.accept
         self._tasks: set[asyncio.Task[None]] = set()
         self._beating = True
+        self._stopped = asyncio.Event()
 
     async def start(self) -> None:
         """Serve requests, tasks and cancels; beat."""
@@ -86,6 +87,7 @@ class Peers:
 
     async def stop(self) -> None:
         """End every task."""
+        self._stopped.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -188,7 +190,7 @@ class Peers:
         if not known:
             raise NotFound("never heard of it")
         if not self._beating:
-            await asyncio.sleep(2)  # a hung process answers nobody
+            await self._stopped.wait()  # a hung process answers nobody
         made = self.made.get((replay.request, replay.attempt), 0)
         deltas = [delta for step in self.deltas(known[0])[:made] for delta in step]
         return Replayed(deltas=[d for d in deltas if d.index >= replay.have[d.choice]])

@@ -14,6 +14,7 @@ from services.gateway.delivery import Emit
 from shared.errors import Internal
 from shared.messages import TokenLogprobs
 from shared.text.tokenizer import Tokenizer
+from tests.shared.test_text_tokenizer import sentencepiece_backend
 from tests.worker.tiny import IM_END
 
 
@@ -108,6 +109,16 @@ def test_logprobs_go_with_their_text(tokenizer: Tokenizer) -> None:
     assert keep is not None
     assert len(entries) < keep
     assert all(entry.offset < len(text) for entry in entries)
+
+
+def test_a_completion_keeps_its_first_space() -> None:
+    """Text that goes on after a prompt keeps the space SentencePiece begins with; a message of its own does not."""
+    tokenizer = Tokenizer(sentencepiece_backend())
+    ids = tokenizer.encode("hello")
+    for continues, expected in ((True, " hello"), (False, "hello")):
+        choice = ChoiceText(0, tokenizer, stop=[], continues=continues)
+        pieces, _ = choice.push(Emit(0, ids, finish="length"))
+        assert "".join(piece.text for piece in pieces) == expected
 
 
 async def test_a_slow_reader_gets_merged_pieces(tokenizer: Tokenizer) -> None:

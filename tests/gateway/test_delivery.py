@@ -353,6 +353,17 @@ def test_a_stop_string_ends_one_choice_and_the_rest_goes_on() -> None:
     assert delivery.output[0] == [1, 2]
 
 
+def test_a_stop_string_in_the_last_tokens_still_tells_the_te() -> None:
+    """A choice that a delta both ends and takes past a stop string: the TE forgets what does not count."""
+    for keep, told in ((2, [Drop("te", 1, 0, 2)]), (3, [])):
+        delivery = make()
+        [emit] = delivery.tokens("te", delta(0, [1, 2, 3], finish="length"), 0.1)
+        assert isinstance(emit, Emit)
+        assert delivery.over
+        assert delivery.stop(0, keep) == told
+        assert delivery.over
+
+
 def test_a_client_that_left_is_cancelled_wherever_its_request_is() -> None:
     """Cancelling reaches the TE, the JE that parks it, or whoever says later that he took it."""
     running = make()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import orjson
+import psutil
 import pytest
 
+from services.gateway import delivery
 from shared.errors import Unavailable
 from shared.messages import Accepted, Beat, Delta, Down, Failure, Progress, Request, TeBeat
 from tests.gateway.peers import MODEL, Peers
@@ -51,8 +54,11 @@ async def test_lost_frames_are_replayed(http: aiohttp.ClientSession, peers: Peer
     assert peers.replays
 
 
-async def test_a_lost_end_is_asked_for(http: aiohttp.ClientSession, peers: Peers) -> None:
+async def test_a_lost_end_is_asked_for(
+    http: aiohttp.ClientSession, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lost last frame leaves silence; the TE is asked, and the stream ends."""
+    monkeypatch.setattr(delivery, "PROBE_S", (0.3, 8.0))
     peers.lose = lambda step, delta: delta.finish is not None
     assert (await chat(http))[0] == peers.text
     assert len(peers.requests) == 1
@@ -148,12 +154,15 @@ async def test_a_failed_attempt_is_resubmitted(http: aiohttp.ClientSession, peer
     assert (await chat(http))[0] == peers.text
 
 
-async def test_a_silent_je_is_asked_again(http: aiohttp.ClientSession, peers: Peers) -> None:
+async def test_a_silent_je_is_asked_again(
+    http: aiohttp.ClientSession, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A JE that dies with the question unanswered costs a new attempt; the old one's tokens are stale."""
+    monkeypatch.setattr(delivery, "SUBMIT_TIMEOUT_S", (0.5, 10.0))
 
     async def serve(request: Request) -> Accepted:
         if request.attempt == 1:
-            await asyncio.sleep(3)
+            await asyncio.sleep(1)
         return await peers.accept(request)
 
     peers.on_request = serve
@@ -215,7 +224,7 @@ async def test_the_deadline_ends_a_stream(nats: NatsServer, cache: Any, peers: P
     """A request that never ends is ended at its deadline: 504, or an error event, and its TE is told."""
     peers.step_s = 0.2
     peers.text = "word " * 80
-    gateway = RunningGateway(nats.url, cache, deadline_s=1.0)
+    gateway = RunningGateway(nats.url, cache, deadline_s=0.5)
     await gateway.start()
     async with aiohttp.ClientSession(gateway.url) as http:
         body = {"model": MODEL, "messages": HELLO}
@@ -224,8 +233,16 @@ async def test_the_deadline_ends_a_stream(nats: NatsServer, cache: Any, peers: P
         async with http.post("/v1/chat/completions", json={**body, "stream": True}) as response:
             assert response.status == 200
             events = (await response.text()).strip().split("\n\n")
-    assert orjson.loads(events[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
-    await peers.until(lambda: len(peers.cancels) >= 2)
+        assert (
+            orjson.loads(events[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+        )
+        await peers.until(lambda: len(peers.cancels) >= 2)
+        [tokenizing] = [
+            child for child in psutil.Process().children() if "tokenizing" in str(child.cmdline())
+        ]
+        tokenizing.suspend()  # the deadline covers what comes before the stream, too
+        async with http.post("/v1/chat/completions", json=body) as response:
+            assert response.status == 504
     assert await gateway.stop() == 0
 
 
@@ -261,6 +278,39 @@ async def test_a_restarted_bus_costs_nothing_but_time(
     await asyncio.sleep(0.2)
     nats.start()
     assert (await reading)[0] == peers.text
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+async def test_tokens_that_cannot_be_shown_end_their_request_only(
+    http: aiohttp.ClientSession, peers: Peers, replayed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last delta whose logprobs are too few fails its own call, also when it was replayed; the gateway lives on."""
+    monkeypatch.setattr(delivery, "PROBE_S", (0.3, 8.0))
+    whole = peers.deltas
+    peers.deltas = lambda request: [  # type: ignore[method-assign]
+        [dataclasses.replace(delta, logprobs=[]) for delta in step] for step in whole(request)
+    ]
+    peers.lose = lambda step, delta: replayed
+    body = {"model": MODEL, "messages": HELLO, "logprobs": True, "max_tokens": 1}
+    async with http.post("/v1/chat/completions", json=body) as response:
+        assert response.status == 500
+    peers.deltas = whole  # type: ignore[method-assign]
+    peers.lose = lambda step, delta: False
+    assert (await chat(http))[0] == peers.text
+
+
+async def test_a_request_waits_for_the_bus(
+    http: aiohttp.ClientSession, peers: Peers, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that comes while the bus is away is sent once, when it is back."""
+    monkeypatch.setattr(delivery, "SUBMIT_TIMEOUT_S", (0.2, 0.2))
+    await chat(http)  # from now on the tenant's secret is known
+    nats.kill()
+    reading = asyncio.create_task(chat(http))
+    await asyncio.sleep(0.8)
+    nats.start()
+    assert (await reading)[0] == peers.text
+    assert [request.attempt for request in peers.requests] == [1, 1]
 
 
 async def test_unwanted_tokens_are_cancelled(peers: Peers, gateway: RunningGateway) -> None:

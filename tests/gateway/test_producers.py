@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepflow.deploy.nats_config import NatsConfig
 from services.gateway.producers import is_safe_reply, parse
+from shared.bus import Bus
+from shared.config import BusSettings
 from shared.errors import InvalidRequest
+from shared.messages import Accepted, ModelEntry, Request
+from shared.permissions import KINDS
 from shared.subjects import Subjects
 from tests.gateway.peers import MODEL, Peers
 from tests.gateway.running import RunningGateway
@@ -93,6 +100,64 @@ async def test_the_documented_example_works(
     out, _ = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 0
     assert out.decode() == peers.text
+
+
+async def test_the_tenant_is_the_producers_account(
+    tmp_path: Path, cache: Path, entry: ModelEntry
+) -> None:
+    """On the generated configuration the server names the account, whatever the producer writes in its place."""
+    passwords = {kind: secrets.token_hex(8) for kind in KINDS}
+    config = NatsConfig(
+        realm="deepflow", host="127.0.0.1", port=-1, store_dir=str(tmp_path / "js"),
+        ports_dir=str(tmp_path / "nats"), passwords=passwords, producers={"acme": "a", "globex": "g"},
+    )  # fmt: skip
+    server = NatsServer(tmp_path / "nats", extra=config.render())
+    server.start()
+    tenants: list[str] = []
+
+    async def refuse(request: Request) -> Accepted:
+        tenants.append(request.tenant)
+        raise InvalidRequest("seen")
+
+    async with AsyncExitStack() as stack:
+        stack.callback(server.stop)
+        buses = {}
+        for kind in ("worker", "scheduler"):
+            settings = BusSettings(url=server.url, user=kind, password=passwords[kind], grace_s=1.0)
+            inbox = "te" if kind == "worker" else kind
+            buses[kind] = await Bus.connect(settings, name=kind, inbox=inbox)
+            stack.push_async_callback(buses[kind].close)
+        await (await buses["worker"].table("models")).put(entry.name, entry)
+        scheduler = buses["scheduler"]
+        await scheduler.serve(scheduler.subjects.request("*"), (Request,), refuse)
+        own = BusSettings(
+            url=server.url, user="gateway", password=passwords["gateway"], grace_s=1.0
+        )
+        gateway = RunningGateway(server.url, cache, bus=own)
+        await gateway.start()
+        stack.push_async_callback(gateway.stop)
+
+        forged = b'Nats-Request-Info: {"acc":"globex"}\r\n'
+        for headers in (b"", forged, forged * 2, forged.lower() + forged):
+            assert b"seen" in await ask_raw(server.url, "acme", "a", headers)
+        assert b"seen" in await ask_raw(server.url, "globex", "g", b"")
+    assert tenants == ["acme"] * 4 + ["globex"]
+
+
+async def ask_raw(url: str, user: str, password: str, headers: bytes) -> bytes:
+    """What the server sends until the answer's end, for one prompt with any header lines: no client would send them."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    options = {"verbose": False, "headers": True, "user": user, "pass": password}
+    head = b"NATS/1.0\r\n" + headers + b"\r\n"
+    body = orjson.dumps({"prompt": "Hello"})
+    writer.write(b"CONNECT " + orjson.dumps(options) + b"\r\nSUB answers 1\r\n")
+    sizes = b"%d %d" % (len(head), len(head) + len(body))
+    writer.write(b"HPUB %s answers %s\r\n%s%s\r\n" % (PROMPT.encode(), sizes, head, body))
+    async with asyncio.timeout(10):
+        answer = await reader.readuntil(b" 0\r\n\r\n")  # an empty message
+    writer.close()
+    await writer.wait_closed()
+    return answer
 
 
 @pytest.mark.parametrize(

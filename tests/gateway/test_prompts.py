@@ -78,18 +78,47 @@ async def test_what_a_template_refuses(pool: Prompts, folder: str) -> None:
     assert pool.pids() == [pid]
 
 
-async def test_a_crashed_process_costs_its_job_only(pool: Prompts, folder: str) -> None:
-    """A process that dies with a job fails that job, and another takes its place."""
-    [pid] = pool.pids()
-    os.kill(pid, signal.SIGSTOP)
+async def test_a_dead_process_costs_no_job(pool: Prompts, folder: str) -> None:
+    """A process that died while idle, or with a job it has not answered, is replaced, and the job is tried again."""
+    for idle in (True, False):
+        [pid] = pool.pids()
+        os.kill(pid, signal.SIGKILL if idle else signal.SIGSTOP)
+        job = asyncio.create_task(pool.texts(folder, "1", ["a"], special=False, root=b"", page=0))
+        await asyncio.sleep(0.05)
+        if not idle:
+            os.kill(pid, signal.SIGKILL)
+        [prompt] = await job
+        assert prompt.ids
+        assert pool.pids() != [pid]
+
+
+async def test_a_job_that_kills_processes_fails(pool: Prompts, folder: str) -> None:
+    """A second death with the same job fails it, and the jobs behind it are served."""
     job = asyncio.create_task(pool.texts(folder, "1", ["a"], special=False, root=b"", page=0))
-    await asyncio.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
+    behind = asyncio.create_task(pool.texts(folder, "1", ["b"], special=False, root=b"", page=0))
+    killed: list[int] = []
+    while len(killed) < 2:
+        for pid in pool.pids():
+            if pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+        await asyncio.sleep(0.001)
     with pytest.raises(Internal):
         await job
+    assert (await behind)[0].ids
+
+
+async def test_a_model_that_kills_processes_does_not_block_the_others(
+    pool: Prompts, folder: str, tmp_path: Path
+) -> None:
+    """What cannot be loaded ahead is left to the jobs that name it."""
+    os.mkfifo(tmp_path / "tokenizer.json")  # reading it never ends
+    [pid] = pool.pids()
+    pool.announce(str(tmp_path), "1")
+    await asyncio.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
     [prompt] = await pool.texts(folder, "1", ["a"], special=False, root=b"", page=0)
     assert prompt.ids
-    assert pool.pids() != [pid]
 
 
 async def test_a_stuck_process_is_replaced(pool: Prompts, folder: str) -> None:

@@ -8,10 +8,10 @@ import sys
 
 from shared.config import Settings
 from shared.messages import Accepted, Cancel
-from shared.service import Service, run
+from shared.service import Service, main
 
 
-async def main(service: Service[Settings]) -> None:
+async def open_probe(service: Service[Settings]) -> None:
     """Serve `probe`, beat, and drain in order."""
     if os.environ.get("PROBE") == "fail":
         raise ZeroDivisionError
@@ -33,4 +33,4 @@ async def main(service: Service[Settings]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("probe", Settings.load(os.environ), main))
+    sys.exit(main("probe", Settings.load, open_probe))

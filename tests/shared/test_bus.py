@@ -73,6 +73,23 @@ async def test_nobody_there_is_unavailable_and_silence_a_deadline(bus: Bus) -> N
         await bus.request("test.silent", Cancel(request="r", attempt=0), Accepted, timeout_s=0.1)
 
 
+async def test_an_answer_that_cannot_be_sent_is_a_failure(bus: Bus) -> None:
+    """An answer too large for the bus, or none of our messages, does not leave the caller to wait in vain."""
+
+    async def much(cancel: Cancel) -> Failure:
+        return Failure(code="x", message="y" * 9_000_000)
+
+    async def nothing(cancel: Cancel) -> None:
+        return None
+
+    await bus.serve("test.much", (Cancel,), much)
+    await bus.serve("test.nothing", (Cancel,), nothing)
+    with pytest.raises(errors.TooLarge):
+        await bus.request("test.much", Cancel(request="r", attempt=0), Accepted, timeout_s=5)
+    with pytest.raises(errors.Internal):
+        await bus.request("test.nothing", Cancel(request="r", attempt=0), Accepted, timeout_s=5)
+
+
 async def test_requests_past_the_limit_are_refused(bus: Bus) -> None:
     """With `limit` requests in flight, the next is answered overloaded at once."""
     release = asyncio.Event()
@@ -115,6 +132,29 @@ async def test_drain_answers_what_is_in_flight(bus: Bus) -> None:
     assert [task.result().request for task in asked] == list("01234")
     with pytest.raises(errors.Unavailable):
         await bus.request("test.a", Cancel(request="r", attempt=0), Accepted, timeout_s=5)
+
+
+async def test_drain_waits_no_longer_than_the_grace(nats: NatsServer) -> None:
+    """A handler that never ends is cancelled, so that the service can go on stopping."""
+    bus = await Bus.connect(BusSettings(url=nats.url, grace_s=0.1), name="test")
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def hang(cancel: Cancel) -> Accepted:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        raise AssertionError("nobody sets that event")
+
+    served = await bus.serve("test.a", (Cancel,), hang)
+    await bus.publish("test.a", Cancel(request="r", attempt=0))
+    async with asyncio.timeout(10):
+        await started.wait()
+        await served.drain()
+        await cancelled.wait()
+    await bus.close()
 
 
 async def test_messages_arrive_in_order_and_bad_ones_are_counted(bus: Bus) -> None:
@@ -184,6 +224,9 @@ async def test_the_bus_survives_a_server_restart(bus: Bus, nats: NatsServer) -> 
     """After kill -9 and restart the callbacks fire, subscriptions work, and buffered messages arrive."""
     events: list[str] = []
     seen: list[str] = []
+    bus.on_disconnect(
+        lambda: 1 // 0
+    )  # a bug in one callback ends neither the others nor the reconnecting
     bus.on_disconnect(lambda: events.append("lost"))
     bus.on_reconnect(lambda: events.append("back"))
     await bus.listen("test.a", (Beat,), lambda beat: seen.append(beat.id))
@@ -194,6 +237,8 @@ async def test_the_bus_survives_a_server_restart(bus: Bus, nats: NatsServer) -> 
             await asyncio.sleep(0.01)
         await bus.publish("test.a", Beat(kind="te", id="buffered"))
         assert not bus.connected
+        with pytest.raises(errors.Unavailable, match="away"):
+            await bus.table("models")
         nats.start()
         while not seen:
             await asyncio.sleep(0.01)
@@ -229,5 +274,64 @@ async def test_a_server_that_lacks_something_is_refused_by_name(tmp_path: Path) 
     try:
         with pytest.raises(errors.Unavailable, match="max_payload"):
             await Bus.connect(BusSettings(url=server.url), name="test")
+    finally:
+        server.stop()
+
+
+async def test_a_drain_ends_with_the_server(nats: NatsServer) -> None:
+    """What waits for the server's word when it dies goes on without it."""
+    bus = await Bus.connect(BusSettings(url=nats.url, grace_s=5), name="test")
+    served = await bus.listen("test.a", (Beat,), lambda beat: None)
+    nats.pause()  # it neither answers nor goes away
+    async with asyncio.timeout(5):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(served.drain())
+            flushed = group.create_task(asyncio.wait({asyncio.ensure_future(bus.flush())}))
+            await asyncio.sleep(0.1)
+            nats.kill()
+        (future,) = flushed.result()[0]
+        assert isinstance(future.exception(), errors.Unavailable)
+        await bus.close()
+
+
+async def test_a_bus_is_closed_while_the_server_is_away(nats: NatsServer) -> None:
+    """Closing succeeds, and takes no longer than with a server."""
+    bus = await Bus.connect(BusSettings(url=nats.url, grace_s=5), name="test")
+    served = await bus.listen("test.a", (Beat,), lambda beat: None)
+    nats.kill()
+    async with asyncio.timeout(10):
+        while bus.connected:
+            await asyncio.sleep(0.01)
+        await bus.publish("test.a", Beat(kind="te", id="never sent"))
+        await served.drain()
+        await bus.close()
+        await bus.close()
+
+
+@pytest.mark.service
+async def test_what_a_user_may_not_do_is_refused_aloud(tmp_path: Path) -> None:
+    """A wrong password is refused at once; a forbidden subject is counted, and the connection lives on."""
+    allowed = 'publish: "good", subscribe: ["good", "_INBOX.>"]'
+    server = NatsServer(
+        tmp_path,
+        extra=f"authorization {{ users: [{{ user: me, password: x, permissions: {{ {allowed} }} }}] }}",
+    )
+    server.start()
+    try:
+        async with asyncio.timeout(10):
+            with pytest.raises(errors.Unavailable, match="refuses user 'me'"):
+                await Bus.connect(BusSettings(url=server.url, user="me", password="y"), name="test")
+        bus = await Bus.connect(BusSettings(url=server.url, user="me", password="x"), name="test")
+        seen: list[str] = []
+        await bus.listen("good", (Beat,), lambda beat: seen.append(beat.id))
+        await bus.listen("bad", (Beat,), lambda beat: seen.append(beat.id))
+        for subject in ("bad", "good"):
+            await bus.publish(subject, Beat(kind="te", id=subject))
+        async with asyncio.timeout(10):
+            while not seen or bus.num_refused < 2:
+                await asyncio.sleep(0.01)
+        assert (seen, bus.num_refused) == (["good"], 2)
+        assert not bus.closed.is_set()
+        await bus.close()
     finally:
         server.stop()

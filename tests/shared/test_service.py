@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -17,6 +19,7 @@ import pytest
 
 from shared import errors
 from shared.bus import Bus
+from shared.config import EXIT_CODE
 from shared.messages import Accepted, Beat, Cancel, StatusQuery, StatusReply
 from tests.nats_server import NatsServer
 
@@ -71,7 +74,10 @@ async def test_a_service_shows_its_health_and_its_status(bus: Bus, nats: NatsSer
         beat = await first_beat(bus)
         assert await http(port, "/health") == (200, "ok\n")
         assert await http(port, "/ready") == (200, "ok\n")
-        assert (await http(port, "/metrics"))[0] == 200
+        status, page = await http(port, "/metrics")
+        assert status == 200
+        for name in ("dropped", "undecodable", "refused"):
+            assert f"deepflow_bus_{name}_total 0.0" in page
         assert (await http(port, "/nothing"))[0] == 404
         subject = bus.subjects.status("probe", beat.id)
         reply = await bus.request(subject, StatusQuery(), StatusReply, timeout_s=5)
@@ -144,3 +150,54 @@ async def test_a_service_follows_its_parent(nats: NatsServer) -> None:
     )
 
     assert await process.wait() in (0, -signal.SIGTERM)
+
+
+async def run_probe(**env: str) -> Any:
+    """The probe service, without waiting for it to start."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "tests.shared.probe_service"),
+        env={**os.environ, **env},
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+@pytest.mark.service
+async def test_a_wrong_setting_is_one_line() -> None:
+    """The line names the service and the variable, and the exit code is one that no supervisor tries again."""
+    process = await run_probe(DEEPFLOW_GRACE_S="soon")
+    _, said = await process.communicate()
+
+    assert said.decode() == "deepflow probe: DEEPFLOW_GRACE_S='soon' is not a number\n"
+    assert process.returncode == EXIT_CODE
+
+
+@pytest.mark.service
+async def test_a_signal_ends_the_wait_for_the_bus() -> None:
+    """A service that never got as far as the bus stops like any other."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        nobody.listen()  # somebody who says nothing
+        nobody.settimeout(20)
+        process = await run_probe(DEEPFLOW_NATS_URL=f"nats://127.0.0.1:{nobody.getsockname()[1]}")
+        connection, _ = await asyncio.to_thread(nobody.accept)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            await process.communicate()
+        connection.close()
+
+    assert process.returncode == 0
+
+
+def test_the_log_level_changes_for_loggers_in_use() -> None:
+    """What `status` is asked to do with the verb `log_level` reaches those who log already."""
+    script = (
+        "from shared import log\n"
+        "log.configure('error'); mine = log.get(); mine.info('first_seen'); mine.error('second_seen')\n"
+        "log.configure('info'); mine.info('third_seen')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == [
+        "second_seen",
+        "third_seen",
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,213 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from services.worker.flowserve.engine import Engine, EngineSettings, StepOutput
+from services.worker.flowserve.engine import MAX_CHOICES, Engine
 from services.worker.flowserve.kv import KVCache
 from services.worker.flowserve.model import Decoder, StepInput
 from shared import blockhash, errors
-from shared.messages import Cancel, Delta, Failure, Replay, Request, Sampling
+from shared.messages import Cancel, Delta, Failure, Replay
+from tests.worker.bench import GREEDY, PAGE, PROMPT, ROOT, SEEDED, Bench, request
 from tests.worker.tiny import make_tiny
 
-PAGE = 16
-ROOT = blockhash.root(b"secret", "tiny")
-PROMPT = [(7 * i * i + 3 * i) % 500 + 3 for i in range(70)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model's products are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    return Decoder.load(make_tiny(tmp_path_factory.mktemp("tiny")))
-
-
-def request(
-    name: str = "r",
-    prompt: list[int] | None = None,
-    *,
-    attempt: int = 0,
-    client: str = "c",
-    output: list[list[int]] | None = None,
-    ended: Iterable[int] = (),
-    deadline_ms: int = 60_000,
-    **fields: Any,
-) -> Request:
-    prompt = PROMPT if prompt is None else prompt
-    return Request(
-        request=name,
-        attempt=attempt,
-        client=client,
-        model="tiny",
-        tenant="t",
-        prompt=prompt,
-        root=ROOT,
-        hashes=blockhash.chain(ROOT, [abs(token) for token in prompt], PAGE),
-        sampling=Sampling(**{"max_tokens": 24, "seed": 5, "ignore_eos": True} | fields),
-        deadline_ms=deadline_ms,
-        park_ms=0,
-        output=output or [],
-        ended=list(ended),
-    )
-
-
-GREEDY = {"temperature": 0}
-SEEDED = {"temperature": 0.9, "top_p": 0.95, "frequency_penalty": 0.4, "repetition_penalty": 1.1}
-
-
-class Bench:
-    """An engine, a clock turned by hand, and what a client saw: output by (request, choice), and its ends."""
-
-    def __init__(self, decoder: Decoder, *, num_blocks: int = 128, **limits: Any) -> None:
-        self.now = 0.0
-        kv = KVCache.allocate(decoder.config, num_blocks=num_blocks, page=PAGE)
-        settings = EngineSettings(num_blocks=num_blocks, page=PAGE, **limits)
-        self.engine = Engine(decoder, kv, settings, eos_ids=[0, 2], clock=lambda: self.now)
-        self.ids: dict[tuple[str, int], list[int]] = defaultdict(list)
-        self.ends: dict[tuple[str, int], Delta] = {}
-        self.cached: dict[str, int | None] = {}
-        self.finishes: dict[str, str] = {}
-        self.index: set[bytes] = set()
-
-    def submit(self, *requests: Request) -> None:
-        for one in requests:
-            for choice, given in enumerate(one.output):
-                self.ids[one.request, choice] = given.copy()
-            self.engine.submit(one)
-
-    def step(self) -> StepOutput:
-        output = self.engine.step()
-        for client, delta in output.deltas:
-            assert client == "c"
-            self.take(delta)
-        for ended in output.ended:
-            self.finishes[ended.request] = ended.finish
-            self.cached[ended.request] = ended.cached_tokens
-        self.index = (self.index - set(output.removed)) | set(output.stored)
-        assert self.index == set(self.engine.index_snapshot())
-        self.engine.check()
-        return output
-
-    def take(self, delta: Delta) -> None:
-        key = delta.request, delta.choice
-        assert key not in self.ends, "a delta after the end"
-        assert delta.index == len(self.ids[key])
-        assert delta.logprobs is None or len(delta.logprobs) == len(delta.ids)
-        self.ids[key] += delta.ids
-        if delta.finish is not None:
-            self.ends[key] = delta
-
-    def run(self) -> None:
-        while self.engine.has_work():
-            self.step()
-        ledger = self.engine.ledger()
-        assert ledger["live"] == 0
-        assert ledger["owners"] == {}
-
-    def tokens(self, name: str = "r", choice: int = 0) -> list[int]:
-        return self.ids[name, choice]
-
-
-@pytest.fixture(scope="module", params=[GREEDY, SEEDED], ids=["greedy", "seeded"])
-def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
-    fields: dict[str, Any] = request.param
-    return fields
-
-
-@pytest.fixture(scope="module")
-def alone(decoder: Decoder, kind: dict[str, Any]) -> list[int]:
-    """The tokens of the request by itself, its prompt computed at once, nothing cached."""
-    bench = Bench(decoder)
-    bench.submit(request(**kind))
-    bench.run()
-    assert bench.cached["r"] == 0
-    assert len(bench.tokens()) == 24
-    return bench.tokens()
-
-
-# ---------------------------------------------------------------------------------- the same tokens, however computed
-
-
-def test_a_cached_prefix_changes_no_token(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int]
-) -> None:
-    """With its prompt in the index a request continues as without."""
-    bench = Bench(decoder)
-    bench.submit(request("warm", max_tokens=1))
-    bench.run()
-    bench.submit(request(**kind))
-    bench.run()
-    assert bench.cached["r"] == 64
-    assert bench.tokens() == alone
-
-
-@pytest.mark.parametrize("budget", [1, 7, 16, 33])
-def test_chunks_change_no_token(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int], budget: int
-) -> None:
-    """A prompt computed over many steps continues as one computed in one step."""
-    bench = Bench(decoder, max_num_seqs=1, max_batched_tokens=budget)
-    bench.submit(request(**kind))
-    bench.run()
-    assert bench.tokens() == alone
-
-
-def test_batch_mates_change_no_token(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int]
-) -> None:
-    """Beside eight others of other lengths and settings, some of them prefilling, a request is as alone."""
-    bench = Bench(decoder, max_num_seqs=16, max_batched_tokens=48)
-    for number in range(4):
-        bench.submit(request(f"early{number}", PROMPT[number : 9 + 20 * number], seed=number))
-    bench.step()
-    bench.submit(request(**kind))
-    for number in range(4):
-        bench.submit(request(f"late{number}", PROMPT[: 5 + 15 * number], **GREEDY))
-    bench.run()
-    assert bench.tokens() == alone
-
-
-def test_preemption_changes_no_token(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int]
-) -> None:
-    """A request that lost its blocks and was computed again goes on as if nothing had been."""
-    bench = Bench(decoder, num_blocks=11)
-    bench.submit(request("older", PROMPT[::-1], **GREEDY))
-    bench.submit(request(**kind))
-    bench.run()
-    assert bench.engine.counters["preemptions"] > 0
-    assert bench.tokens() == alone
-
-
-@pytest.mark.parametrize("cut", [1, 9, 23])
-def test_resubmission_changes_no_token(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int], cut: int
-) -> None:
-    """Another engine, given the tokens so far, goes on at the next index with the same tokens."""
-    bench = Bench(decoder)
-    bench.submit(request(attempt=1, output=[alone[:cut]], **kind))
-    bench.run()
-    assert bench.tokens() == alone
-
-
-def test_choices_share_the_prompt_and_the_first_is_as_alone(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int]
-) -> None:
-    """With n = 3, choice 0 is the single choice; the others differ only by their noise."""
-    bench = Bench(decoder)
-    bench.submit(request(n=3, **kind))
-    computed = 0
-    while bench.engine.has_work():
-        computed += bench.step().num_computed
-    assert computed == 70 + 2 * 6 + 3 * 23
-    assert bench.tokens() == alone
-    choices = {tuple(bench.tokens(choice=choice)) for choice in range(3)}
-    assert len(choices) == (1 if kind is GREEDY else 3)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --------------------------------------------------------------------------------------------------- ends of a choice
@@ -339,6 +140,15 @@ def test_a_cancel_may_overtake_its_request(decoder: Decoder) -> None:
     assert bench.engine.cancel(Cancel(request="r", attempt=1)) == []
     bench.run()
     assert bench.finishes == {"r": "length"}
+
+
+def test_an_old_cancel_does_not_undo_a_newer_one(decoder: Decoder) -> None:
+    """Cancels may change places on their way: the highest attempt counts."""
+    bench = Bench(decoder)
+    for attempt in (1, 0):
+        bench.engine.cancel(Cancel(request="r", attempt=attempt))
+    with pytest.raises(errors.InvalidRequest, match="cancelled"):
+        bench.engine.submit(request(attempt=1))
 
 
 def test_a_refused_request_ends_too(decoder: Decoder) -> None:
@@ -493,19 +303,6 @@ def test_a_deadline_ends_a_request(decoder: Decoder) -> None:
 # --------------------------------------------------------------------------------------------------- refusal, faults
 
 
-def test_a_full_queue_refuses(decoder: Decoder) -> None:
-    """Past the bound a request is told when to come back; what was accepted is served."""
-    bench = Bench(decoder, max_num_seqs=2, max_waiting=2)
-    for number in range(4):
-        bench.submit(request(str(number), max_tokens=2))
-    with pytest.raises(errors.Overloaded) as refusal:
-        bench.engine.submit(request("more"))
-    assert refusal.value.retry_after_s is not None
-    assert 1 <= refusal.value.retry_after_s <= 60
-    bench.run()
-    assert len(bench.finishes) == 4
-
-
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt"),
     ({"prompt": [3] * 2048}, "prompt"),
@@ -514,7 +311,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output": [[512]]}, "prompt"),
     ({"n": 0}, "n"),
     ({"output": [[1], [1]]}, "n"),
+    ({"n": MAX_CHOICES + 1}, "n"),
+    ({"n": 1 << 40}, "n"),
     ({"n": 2, "ended": [0, 1]}, "ended"),
+    ({"n": 2, "ended": [2]}, "ended"),
+    ({"n": 3, "ended": [0, 0]}, "ended"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"logit_bias": {512: 1.0}}, "logit_bias"),
     ({"logit_bias": {5: float("nan")}}, "logit_bias"),
@@ -522,7 +323,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1 << 64}, "seed"),
     ({"temperature": float("inf")}, "temperature"),
     ({"top_p": float("nan")}, "top_p"),
+    ({"min_p": 1.1}, "min_p"),
     ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+    ({"logprobs": -1}, "logprobs"),
     ({"presence_penalty": 1e30}, "presence_penalty"),
 ]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from deepflow import LLM
 from services.worker.flowserve.llm import FlowServe, Output
@@ -15,16 +13,8 @@ from shared import errors
 from shared.messages import Sampling
 from tests.worker.tiny import make_tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 40}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A tiny model's products are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +127,16 @@ def test_a_name_goes_through_the_catalogue(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("DEEPFLOW_CACHE", str(tmp_path))
     with pytest.raises(errors.ModelNotFound, match="deepflow pull nobody/here"):
         FlowServe("nobody/here")
+
+
+def test_a_stop_token_is_counted_but_not_shown(llm: FlowServe) -> None:
+    """The token that ends a choice is the last of its ids and no part of its text, as over HTTP."""
+    (free,) = llm.generate("Once upon", **GREEDY)
+    stop = free.ids[6]
+    first = free.ids.index(stop)
+    (stopped,) = llm.generate("Once upon", **GREEDY, stop_token_ids=[stop])
+    (shorter,) = llm.generate("Once upon", **(GREEDY | {"max_tokens": first}))
+    assert stopped.ids == free.ids[: first + 1]
+    assert (stopped.finish, stopped.stop) == ("stop", stop)
+    assert llm.tokenizer.decode([stop])
+    assert stopped.text == shorter.text

@@ -7,12 +7,12 @@ import pytest
 from services.worker.flowserve.pace import Pace
 
 
-def learned(num_steps: int = 200) -> Pace:
+def learned() -> Pace:
     """A pace that has seen decode steps of 8 at 20 ms, and prefills of 100 tokens beside 8 decodes at 70 ms."""
     pace = Pace()
-    for _ in range(num_steps):
-        pace.observe(0.02, num_decodes=8, num_prefill_tokens=0, num_admissions=0)
-        pace.observe(0.07, num_decodes=8, num_prefill_tokens=100, num_admissions=1)
+    for _ in range(200):
+        pace.observe(0.02, num_decodes=8, num_prefill_tokens=0)
+        pace.observe(0.07, num_decodes=8, num_prefill_tokens=100)
     return pace
 
 
@@ -28,7 +28,7 @@ def test_a_step_is_priced_by_its_decodes_and_its_prefill() -> None:
 def test_a_batch_size_not_seen_is_priced_as_the_nearest_one() -> None:
     """Sizes are told apart by powers of two."""
     pace = learned()
-    pace.observe(0.1, num_decodes=64, num_prefill_tokens=0, num_admissions=0)
+    pace.observe(0.1, num_decodes=64, num_prefill_tokens=0)
     assert pace.decode_s(1) == pace.decode_s(5) == pytest.approx(0.02)
     assert pace.decode_s(33) == pace.decode_s(500) == pytest.approx(0.1)
 
@@ -51,10 +51,3 @@ def test_output_still_to_come_is_bounded_by_what_is_allowed() -> None:
 def test_work_outstanding_is_prefill_plus_shared_decode_steps() -> None:
     """Eight choices of 50 tokens each take 50 steps together."""
     assert learned().outstanding_s(200, 400, 8) == pytest.approx(0.1 + 50 * 0.02)
-
-
-def test_a_full_queue_says_when_half_of_it_is_gone() -> None:
-    """One admission per 90 ms: 100 waiting need 4.5 s for the first half; without a rate the answer is the maximum."""
-    assert learned(2000).retry_after_s(100) == pytest.approx(4.5, rel=0.1)
-    assert learned().retry_after_s(1) == 1
-    assert Pace().retry_after_s(5) == 60

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,11 +86,13 @@ async def test_a_dead_or_hung_te_is_told_of_and_replaced(
         assert time.monotonic() - killed < 1.0  # not by silence, which takes longer
         assert (peer.downs[0].kind, peer.downs[0].id) == ("te", first)
         assert "SIGKILL" in peer.downs[0].reason
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            fetch(port, "/ready")
 
         second = await peer.ready(but=first)
         (process,) = worker.tes()
         process.send_signal(signal.SIGSTOP)
-        await peer.until(lambda: len(peer.downs) == 2, timeout_s=5)
+        await peer.until(lambda: len(peer.downs) == 2, timeout_s=15)
         assert peer.downs[1].id == second
         assert "no beat" in peer.downs[1].reason
         await until(lambda: not process.is_running(), timeout_s=3)
@@ -104,6 +107,23 @@ async def test_a_dead_or_hung_te_is_told_of_and_replaced(
         total = next(line for line in text.splitlines() if line.startswith("vllm:generation"))
         assert float(total.split()[1]) >= 20
         assert fetch(port, "/ready") == "ok\n"
+
+
+async def test_a_te_that_stands_still_for_a_moment_lives_on(
+    nats: NatsServer, start: Callable[..., Worker]
+) -> None:
+    """A TE that is silent for longer than gateways wait, but not for long, is not killed, and goes on."""
+    worker = start()
+    async with Peer.on(nats.url) as peer:
+        te = await peer.ready()
+        await peer.send(te, peer.request("a", max_tokens=1000))
+        await peer.until(lambda: peer.deltas("a"))
+        (process,) = worker.tes()
+        process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(2.5)
+        process.send_signal(signal.SIGCONT)
+        assert len(tokens(await peer.end("a"))) == 1000
+        assert not peer.downs
 
 
 async def test_a_signal_drains_what_is_in_flight(

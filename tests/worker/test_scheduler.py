@@ -342,7 +342,8 @@ def test_every_choice_ends_once_with_the_tokens_of_an_unscheduled_decoder(
     bench.run()
     assert bench.pool.ledger()["live"] == 0
     assert not bench.scheduler.running
-    assert bench.scheduler.num_waiting == 0
+    assert not bench.scheduler.waiting
+    assert not bench.scheduler.held
     for group in bench.groups:
         for sequence in group.sequences:
             whole = truth(group.request.prompt, group.request.sampling.max_tokens, EOS)

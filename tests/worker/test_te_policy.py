@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 
 from services.worker.admission import REMEMBERED_S, Admission
 from services.worker.clients import GRACE_S, SILENCE_S, Clients
+from services.worker.flowserve.engine import Engine
 from services.worker.pulse import FORGIVEN_S, Pulse
-from services.worker.recipe import model_entry, recipe_digest
-from services.worker.restarts import LIMIT, LONGEST_S, WINDOW_S, Restarts
-from services.worker.settings import TeSettings, WorkerSettings, for_te
+from services.worker.recipe import model_entry, recipe_digest, served_context
+from services.worker.settings import PAGE, TeSettings, WorkerSettings, for_te
 from services.worker.tally import Tally
 from shared.catalog import open_model
 from shared.config import ConfigError
 from shared.errors import InvalidRequest, Overloaded, Unavailable
 from shared.messages import Request, Sampling, Task, TaskKind
+from shared.restarts import LIMIT, LONGEST_S, WINDOW_S, Restarts
 from tests.worker.peers import MODEL, make_model
 
 
@@ -47,7 +48,9 @@ def task(name: str, *, attempt: int = 0, n: int = 1, **fields: Any) -> Task:
 
 
 def books(max_choices: int = 4, validate: Callable[[Request], None] = lambda _: None) -> Admission:
-    return Admission(model=MODEL, max_choices=max_choices, validate=validate)
+    return Admission(
+        model=MODEL, max_choices=max_choices, validate=validate, retry_after_s=lambda: 7.0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- admission
@@ -104,7 +107,7 @@ def test_the_bound_counts_choices_and_says_when_to_come_again() -> None:
     admission.admit(task("a", n=3, ended=[0]), 0.0)
     admission.admit(task("b", n=2), 0.0)
     with pytest.raises(Overloaded) as refused:
-        admission.admit(task("c"), 0.0, wait_s=7.0)
+        admission.admit(task("c"), 0.0)
     assert refused.value.retry_after_s == 7.0
     admission.ended("a", 0, 0.0)
     assert admission.admit(task("c"), 0.0)
@@ -151,8 +154,8 @@ def watch(clients: Clients, start: float, end: float) -> dict[str, float]:
     raise AssertionError
 
 
-def test_a_silent_client_is_lost_after_two_seconds_and_a_newcomer_after_five() -> None:
-    """A client that beat has two seconds of silence; one that only sent work has five until its first beat."""
+def test_a_silent_client_is_lost_after_three_seconds_and_a_newcomer_after_five() -> None:
+    """A client that beat has three seconds of silence; one that only sent work has five until its first beat."""
     clients = Clients()
     clients.beat("old", 0.0)
     clients.began("new", 0.0)
@@ -170,8 +173,8 @@ def test_nobody_is_lost_while_the_bus_is_away() -> None:
     clients.hold()
     assert watch(clients, 0.0, 60.0) == {}
     clients.resume(60.0)
-    assert watch(clients, 60.0, 61.5) == {}
-    assert "a" in watch(clients, 61.75, 63.0)
+    assert watch(clients, 60.0, 60.0 + SILENCE_S) == {}
+    assert "a" in watch(clients, 60.25 + SILENCE_S, 61.0 + SILENCE_S)
 
 
 def test_frames_are_numbered_per_client() -> None:
@@ -208,6 +211,29 @@ def test_a_stop_of_the_whole_process_is_forgiven() -> None:
     assert pulse.age_s(0.4 + FORGIVEN_S) == 0.0
     ages = [pulse.age_s(1.4 + tick / 5) for tick in range(1, 11)]
     assert ages[-1] == pytest.approx(2.0)
+
+
+def test_forgiving_does_not_write_over_the_engine() -> None:
+    """What the engine's thread says while the shell forgives a stop holds: an engine that fell idle has no age."""
+
+    class FallsIdle(Pulse):
+        """The engine falls idle at the worst moment: just after the shell has looked."""
+
+        looked = False
+
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "_progress" and super().__getattribute__("looked"):
+                self.looked = False
+                self.idle()
+            return value
+
+    pulse = FallsIdle()
+    pulse.busy(0.0)
+    pulse.age_s(0.2)
+    pulse.looked = True
+    pulse.age_s(0.4 + FORGIVEN_S)
+    assert pulse.age_s(0.8 + FORGIVEN_S) == 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- restarts
@@ -261,15 +287,45 @@ def test_the_recipe_covers_weights_arithmetic_and_page(tmp_path: Path) -> None:
     """Other weights, another arithmetic or another page size give another digest, the same give the same."""
     make_model(tmp_path)
     folder = open_model(tmp_path, MODEL)
-    entry = model_entry(folder, dtype="w8a8", page=16)
+    entry = model_entry(folder, dtype="w8a8", page=16, context=4096)
     assert entry.recipe_digest == recipe_digest(folder, dtype="w8a8", page=16)
-    assert (entry.name, entry.context, entry.vocab, entry.page) == (MODEL, 16384, 512, 16)
+    assert (entry.name, entry.context, entry.vocab, entry.page) == (MODEL, 4096, 512, 16)
     others = {
         recipe_digest(folder, dtype="fp32", page=16),
         recipe_digest(folder, dtype="w8a8", page=128),
         recipe_digest(replace(folder, weights_digest="tiny-1"), dtype="w8a8", page=16),
     }
     assert len(others | {entry.recipe_digest}) == 4
+
+
+@pytest.mark.parametrize("dtype", ["w8a8", "fp32", "bf16"])
+@pytest.mark.parametrize("room", [{"KV_TOKENS": "1000"}, {"KV_BYTES": str(1 << 20)}, {}])
+def test_the_catalogue_tells_the_context_that_the_engine_has(
+    tmp_path: Path, dtype: str, room: dict[str, str]
+) -> None:
+    """The pod host, which has no engine, announces exactly the context of the engine its TE makes."""
+    make_model(tmp_path)
+    folder = open_model(tmp_path, MODEL)
+    env = {f"DEEPFLOW_{name}": value for name, value in room.items()}
+    settings = WorkerSettings.load(env | {"DEEPFLOW_DTYPE": dtype})
+    engine = Engine.from_folder(
+        folder.path,
+        dtype=dtype,
+        kv_tokens=settings.kv_tokens or None,
+        kv_bytes=settings.kv_bytes,
+        page=PAGE,
+    )
+    assert served_context(folder, settings, page=PAGE) == engine.context
+    assert (engine.context == folder.context) == (not room)
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_a_te_is_started(tmp_path: Path) -> None:
+    """An unknown architecture is named by the pod host, and not by five TEs that die of it."""
+    make_model(tmp_path)
+    folder = open_model(tmp_path, MODEL)
+    (folder.path / "config.json").write_text('{"architectures": ["NobodyKnows"]}')
+    with pytest.raises(InvalidRequest, match="NobodyKnows"):
+        served_context(folder, WorkerSettings.load({}), page=PAGE)
 
 
 def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
@@ -290,6 +346,7 @@ def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
         ("DEEPFLOW_MODELS", " , "),
         ("DEEPFLOW_WORKERS", "0"),
         ("DEEPFLOW_DTYPE", "int4"),
+        ("DEEPFLOW_DEVICE", "cuda"),
         ("DEEPFLOW_MAX_BATCHED_TOKENS", "8"),
         ("DEEPFLOW_KV_BYTES", "1G"),
     ],

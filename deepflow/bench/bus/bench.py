@@ -25,6 +25,7 @@ from deepflow.bench.stack import Stack
 from shared.catalog import ModelFolder
 
 _TES: Final = 2  # of the platform for fail-over
+_KV_TOKENS: Final = 16_384
 
 
 async def bench_bus(
@@ -32,10 +33,7 @@ async def bench_bus(
 ) -> Report:
     """Measure everything. Raises DeepFlowError if something does not start or a request fails."""
     described = machine.describe("torch", "aiohttp", "nats-py")
-    threads: int = described["cores"]
-    settings = EngineSettings(
-        dtype="w8a8", threads=threads, kv_tokens=16_384, max_num_seqs=64, max_batched_tokens=256
-    )
+    settings = EngineSettings.default(kv_tokens=_KV_TOKENS)
     rng = Random(seed)
     prompts = workload.random_prompts(rng, plan.prompt_len)
     metrics, notes = await _one_te(model, cache_dir, plan, settings, rng, prompts, progress)

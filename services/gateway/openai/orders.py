@@ -204,6 +204,13 @@ def _top_k(value: Any, name: str) -> int:
     return max(0, top_k)  # vLLM writes -1 for off, too
 
 
+def _template_options(value: Any, name: str) -> dict[str, Any]:
+    options = mapping(value, name)
+    if taken := RESERVED_OPTIONS & options.keys():
+        raise out_of_range(name, f"may not set {min(taken)!r}")
+    return options
+
+
 SAMPLING: Final[dict[str, Field]] = {
     "model": Field(text(65536, empty=False)),
     "stream": Field(flag, False),
@@ -236,7 +243,7 @@ CHAT: Final[dict[str, Field]] = {
     "top_logprobs": Field(integer(0, 20)),
     "add_generation_prompt": Field(flag, True),
     "add_special_tokens": Field(flag, False),
-    "chat_template_kwargs": Field(mapping, {}),
+    "chat_template_kwargs": Field(_template_options, {}),
     "metadata": Field(mapping),
 }
 COMPLETION: Final[dict[str, Field]] = {
@@ -298,15 +305,15 @@ def read_chat(body: Any) -> Order:
     _require(values, "messages")
     if values["top_logprobs"] is not None and not values["logprobs"]:
         raise out_of_range("top_logprobs", "needs 'logprobs' to be true")
-    options = values["chat_template_kwargs"]
-    if taken := RESERVED_OPTIONS & options.keys():
-        raise out_of_range("chat_template_kwargs", f"may not set {min(taken)!r}")
     if values["max_completion_tokens"] is not None:
         values["max_tokens"] = values["max_completion_tokens"]
     return _order(
         values,
         messages=values["messages"],
-        template_options={**options, "add_generation_prompt": values["add_generation_prompt"]},
+        template_options={
+            **values["chat_template_kwargs"],
+            "add_generation_prompt": values["add_generation_prompt"],
+        },
         logprobs=(values["top_logprobs"] or 0) if values["logprobs"] else None,
     )
 

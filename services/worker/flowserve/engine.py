@@ -35,8 +35,7 @@ from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
 from shared import catalog, errors
 from shared.messages import Cancel, Delta, Failure, Replay, Request
 
-__all__ = ["ClientDelta", "Ended", "Engine", "EngineLoad", "EngineSettings", "StepOutput"]
-
+MAX_CHOICES = 128  # of one request
 COUNTERS = (
     "steps",
     "prompt_tokens",
@@ -61,13 +60,15 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Limits. A step computes at most `max_batched_tokens` rows; `max_num_seqs` choices run and `max_waiting` wait."""
+    """Limits. A step computes at most `max_batched_tokens` rows; `max_num_seqs` choices run.
+
+    How many may wait is not bounded here: who submits keeps the books (`admission.py`), and knows before it asks.
+    """
 
     num_blocks: int
     page: int = 16
     max_num_seqs: int = 64
     max_batched_tokens: int = 256
-    max_waiting: int = 256
     keep_finished_s: float = 10.0
 
 
@@ -103,7 +104,8 @@ class Engine:
             max_batched_tokens=settings.max_batched_tokens,
         )
         self._pace = Pace()
-        self._step_s = 0.0  # predicted, of the step under way
+        # Predicted, of the step under way; kept past its end, for until that is noticed the step counts as under way.
+        self._step_s = 0.0
         self._arrivals = 0
         self._live: dict[str, SequenceGroup] = {}
         # Over, but kept for replays and repeated submissions, with the time they may be forgotten.
@@ -124,7 +126,6 @@ class Engine:
         page: int = 16,
         max_num_seqs: int = 64,
         max_batched_tokens: int = 256,
-        max_waiting: int = 256,
     ) -> Engine:
         """An engine over the model in a folder, with room for `kv_tokens` tokens or, without, in `kv_bytes` bytes.
 
@@ -141,7 +142,6 @@ class Engine:
             page=page,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
-            max_waiting=max_waiting,
         )
         kv = KVCache.allocate(
             decoder.config, num_blocks=num_blocks, page=page, dtype=decoder.kv_dtype
@@ -155,7 +155,7 @@ class Engine:
 
         Idempotent by (request, attempt); a newer attempt replaces an older one, which ends as cancelled. Tokens in
         `request.output` are known: computed again like a prompt, not sent again.
-        Raises Overloaded if the queue is full; InvalidRequest if the request can never run here or comes too late.
+        Raises InvalidRequest if the request can never run here or comes too late.
         """
         now = self._clock()
         self._forget(now)
@@ -167,14 +167,6 @@ class Engine:
         if self._cancelled.get(request.request, (0.0, -1))[1] >= request.attempt:
             raise errors.InvalidRequest("this request was cancelled before it came")
         self.validate(request)
-        # The bound is on choices running and waiting: a burst between two steps may fill the free slots too.
-        num_waiting = self._scheduler.num_waiting
-        num_choices = len(self._scheduler.running) + num_waiting
-        if num_choices >= self.settings.max_num_seqs + self.settings.max_waiting:
-            raise errors.Overloaded(
-                "too many requests are waiting",
-                retry_after_s=self._pace.retry_after_s(num_waiting),
-            )
         if known is not None:
             self._deltas += self._end_all(known, "cancelled")
             self._settle(known, now)
@@ -204,7 +196,8 @@ class Engine:
         now = self._clock()
         group = self._find(cancel.request)
         if cancel.choice is None and (group is None or group.request.attempt < cancel.attempt):
-            self._cancelled[cancel.request] = (now + self.settings.keep_finished_s, cancel.attempt)
+            attempt = max(cancel.attempt, self._cancelled.get(cancel.request, (0.0, -1))[1])
+            self._cancelled[cancel.request] = (now + self.settings.keep_finished_s, attempt)
             self._cancelled.move_to_end(cancel.request)
         if group is None or group.request.attempt > cancel.attempt:
             return []
@@ -269,7 +262,6 @@ class Engine:
         started = self._clock()
         self._forget(started)
         self._expire(started)
-        num_admitted = self._scheduler.num_admissions
         plan = self._scheduler.schedule()
         error = None
         if plan.chunks:
@@ -281,16 +273,12 @@ class Engine:
                 self._fail(plan)
             else:
                 self._apply(plan, results)
-            self._step_s = 0.0
-        duration_s = self._clock() - started
-        if plan.chunks and error is None:
-            self._pace.observe(
-                duration_s,
-                num_decodes=plan.num_decodes,
-                num_prefill_tokens=plan.num_prefill_tokens,
-                num_admissions=self._scheduler.num_admissions - num_admitted,
-            )
-        return self._report(plan, duration_s, error)
+                self._pace.observe(
+                    self._clock() - started,
+                    num_decodes=plan.num_decodes,
+                    num_prefill_tokens=plan.num_prefill_tokens,
+                )
+        return self._report(plan, error)
 
     def _compute(self, plan: StepPlan) -> list[Sampled]:
         """Run the decoder over the plan's rows and sample a token for each sequence that is due one."""
@@ -349,22 +337,19 @@ class Engine:
             self._deltas += self._end_all(group, "failed", failure)
             self._settle(group, now)
 
-    def _report(self, plan: StepPlan, duration_s: float, error: Exception | None) -> StepOutput:
+    def _report(self, plan: StepPlan, error: Exception | None) -> StepOutput:
         stored, removed = self._pool.drain_events()
-        num_sampled = 0 if error else sum(chunk.samples for chunk in plan.chunks)
         output = StepOutput(
             deltas=self._deltas,
             ended=self._ended,
             stored=stored,
             removed=removed,
             num_computed=0 if error else sum(chunk.length for chunk in plan.chunks),
-            num_sampled=num_sampled,
-            duration_s=duration_s,
             error=error,
         )
         self._deltas, self._ended = [], []
         self.counters["steps"] += bool(plan.chunks)
-        self.counters["generation_tokens"] += num_sampled
+        self.counters["generation_tokens"] += 0 if error else len(plan.sampled)
         self.counters["preemptions"] = self._scheduler.num_preemptions
         self.counters["prefix_queries"] = self._scheduler.num_queried_tokens
         self.counters["prefix_hits"] = self._scheduler.num_hit_tokens
@@ -440,10 +425,13 @@ class Engine:
             if ids and not 0 <= min(ids) <= max(ids) < vocab:
                 raise errors.InvalidRequest(f"token ids go from 0 to {vocab - 1}", param="prompt")
         sampling = request.sampling
-        if sampling.n < 1 or len(request.output) > sampling.n:
-            raise errors.InvalidRequest("as many outputs as choices at most", param="n")
-        if set(range(sampling.n)) <= set(request.ended):
-            raise errors.InvalidRequest("no choice is left to generate", param="ended")
+        if not max(1, len(request.output)) <= sampling.n <= MAX_CHOICES:
+            raise errors.InvalidRequest(
+                f"1 to {MAX_CHOICES} choices, no fewer than outputs", param="n"
+            )
+        ended = set(request.ended)
+        if len(ended) < len(request.ended) or not ended < set(range(sampling.n)):
+            raise errors.InvalidRequest("some of the choices, each once", param="ended")
         if sampling.max_tokens < 1:
             raise errors.InvalidRequest("at least one token", param="max_tokens")
         sampler.validate(sampling, vocab)
@@ -474,7 +462,7 @@ class Engine:
             blocks_total=blocks["total"],
             blocks_used=blocks["live"],
             blocks_cached=blocks["cached"],
-            step_ms=round(self._step_s * 1000),
+            step_ms=round(self._step_s * 1000) if num_seqs else 0,
         )
 
     def ledger(self) -> dict[str, int | dict[str, int]]:

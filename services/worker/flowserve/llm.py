@@ -81,7 +81,6 @@ class FlowServe:
         folder = _folder_of(model)
         self.tokenizer = Tokenizer.load(folder)
         self.template = ChatTemplate.load(folder)
-        # The caller's list is the queue, so the engine needs no bound on its own.
         self.engine = Engine.from_folder(
             folder,
             dtype=dtype,
@@ -89,11 +88,9 @@ class FlowServe:
             kv_bytes=kv_bytes,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
-            max_waiting=1 << 30,
         )
-        self._root = blockhash.root(
-            secrets.token_bytes(32)
-        )  # the cache lives and dies with this object
+        # The cache lives and dies with this object.
+        self._root = blockhash.root(secrets.token_bytes(32))
         self._numbers = count()
         self._inbox: dict[str, deque[Delta]] = {}  # by request under way
 
@@ -255,9 +252,10 @@ class _Stream:
         return outputs
 
     def _piece(self, delta: Delta) -> Piece:
-        """The text of a delta (one token per step), as far as it can be shown."""
+        """The text of a delta (one token per step), as far as it can be shown; a stop token is not part of it."""
         detokenizer, stopper = self._choices[delta.choice]
-        text, hit = stopper.push("".join(detokenizer.push(token) for token in delta.ids))
+        shown = delta.ids if delta.stop_id is None else delta.ids[:-1]
+        text, hit = stopper.push("".join(detokenizer.push(token) for token in shown))
         if hit is None and delta.finish is not None:
             last, hit = stopper.push(detokenizer.finish())
             text += last

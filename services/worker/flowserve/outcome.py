@@ -38,8 +38,6 @@ class StepOutput:
     stored: list[bytes] = field(default_factory=list)
     removed: list[bytes] = field(default_factory=list)
     num_computed: int = 0
-    num_sampled: int = 0
-    duration_s: float = 0.0
     error: Exception | None = None
 
 

@@ -7,25 +7,20 @@ proportional to its tokens. This module must not know sequences, and reads no cl
 from __future__ import annotations
 
 ALPHA = 0.2  # weight of the newest measurement
-RATE_ALPHA = 0.02  # admissions come in bursts: look back over more steps
 # Before anything was measured: slow, because the prediction decides when a silent engine counts as hung.
 FIRST_STEP_S = 1.0
 FIRST_PREFILL_S = 0.01  # per token
 
 
 class Pace:
-    """Averages of prefill seconds per token, decode step seconds by batch size, output length, admission rate."""
+    """Averages of prefill seconds per token, decode step seconds by batch size, and output length."""
 
     def __init__(self) -> None:
         self._prefill_s: float | None = None  # per token
         self._decode_s: dict[int, float] = {}  # by batch size, rounded up to a power of two
         self._output_tokens: float | None = None  # of a finished choice
-        self._step_s: float | None = None  # of any step
-        self._admissions: float | None = None  # per step
 
-    def observe(
-        self, duration_s: float, *, num_decodes: int, num_prefill_tokens: int, num_admissions: int
-    ) -> None:
+    def observe(self, duration_s: float, *, num_decodes: int, num_prefill_tokens: int) -> None:
         """Learn from a finished step."""
         if num_prefill_tokens:
             prefill_s = max(duration_s - self.decode_s(num_decodes, 0.0), 0.0)
@@ -33,9 +28,6 @@ class Pace:
         elif num_decodes:
             bucket = _bucket(num_decodes)
             self._decode_s[bucket] = _mix(self._decode_s.get(bucket), duration_s)
-        # Averaged apart: the mean of the steps' rates is not the rate.
-        self._step_s = _mix(self._step_s, duration_s, RATE_ALPHA)
-        self._admissions = _mix(self._admissions, num_admissions, RATE_ALPHA)
 
     def observe_output(self, num_tokens: int) -> None:
         """Learn from a choice that came to its own end."""
@@ -72,15 +64,9 @@ class Pace:
         """Predicted seconds until `num_known` tokens are computed and `num_to_come` decoded, `batch` at a time."""
         return self.prefill_s(num_known) + num_to_come * self.decode_s(batch) / max(batch, 1)
 
-    def retry_after_s(self, num_waiting: int) -> float:
-        """When to come back to a full queue: once half of it has drained at the present rate, from 1 s to 60 s."""
-        if not self._admissions or self._step_s is None:
-            return 60.0
-        return min(max(num_waiting / 2 / self._admissions * self._step_s, 1.0), 60.0)
 
-
-def _mix(average: float | None, value: float, alpha: float = ALPHA) -> float:
-    return value if average is None else average + alpha * (value - average)
+def _mix(average: float | None, value: float) -> float:
+    return value if average is None else average + ALPHA * (value - average)
 
 
 def _bucket(num_decodes: int) -> int:

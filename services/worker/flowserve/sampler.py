@@ -27,6 +27,14 @@ Ids: TypeAlias = npt.NDArray[np.intp]
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
 HUGE = 1e6  # no honest sampling parameter is larger; products of such numbers stay finite
+BOUNDS = {
+    "temperature": (0.0, HUGE),
+    "top_p": (0.0, HUGE),
+    "min_p": (0.0, 1.0),  # above, no token is left
+    "repetition_penalty": (1 / HUGE, HUGE),
+    "presence_penalty": (-HUGE, HUGE),
+    "frequency_penalty": (-HUGE, HUGE),
+}
 SEGMENT = 512  # ids per partial sum when drawing from a wide row
 # Weights are relative to the likeliest token's. Almost always the candidates lie above the first floor or the second;
 # the last one takes all that can be drawn.
@@ -105,14 +113,11 @@ def validate(sampling: Sampling, vocab: int) -> None:
         raise InvalidRequest("a seed is an unsigned 64 bit number", param="seed")
     if any(not 0 <= token < vocab for token in sampling.logit_bias):
         raise InvalidRequest(f"ids go from 0 to {vocab - 1}", param="logit_bias")
-    for param in ("temperature", "top_p", "min_p", "repetition_penalty"):
-        if not 0 <= getattr(sampling, param) <= HUGE:
-            raise InvalidRequest("not a usable number", param=param)
-    if not sampling.repetition_penalty:
-        raise InvalidRequest("not a usable number", param="repetition_penalty")
-    for param in ("presence_penalty", "frequency_penalty"):
-        if not abs(getattr(sampling, param)) <= HUGE:
-            raise InvalidRequest("not a usable number", param=param)
+    for param, (low, high) in BOUNDS.items():
+        if not low <= getattr(sampling, param) <= high:  # so is NaN refused
+            raise InvalidRequest(f"not a number from {low:g} to {high:g}", param=param)
+    if sampling.logprobs is not None and sampling.logprobs < 0:
+        raise InvalidRequest("no number of alternatives", param="logprobs")
     if not all(abs(bias) <= HUGE for bias in sampling.logit_bias.values()):
         raise InvalidRequest("not a usable number", param="logit_bias")
 

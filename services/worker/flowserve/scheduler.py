@@ -76,14 +76,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # oldest first
         self.held: dict[SequenceGroup, list[Sequence]] = {}
         self.num_preemptions = 0
-        self.num_admissions = 0
         self.num_queried_tokens = 0  # known tokens at admission
         self.num_hit_tokens = 0  # those of them found in the index
-
-    @property
-    def num_waiting(self) -> int:
-        """Choices not running, held ones included."""
-        return len(self.waiting) + sum(map(len, self.held.values()))
 
     def add(self, group: SequenceGroup) -> None:
         """Take in a group. Its first choice goes ahead; the others are held until the prompt is computed, then find
@@ -142,7 +136,6 @@ class Scheduler:
         sequence.table = matched + rest
         sequence.num_indexed = len(matched)
         sequence.num_computed = len(matched) * self.page
-        self.num_admissions += 1
         self.num_queried_tokens += sequence.num_known
         self.num_hit_tokens += sequence.num_computed
         if sequence.group.num_cached is None:

@@ -1,0 +1,115 @@
+"""What each bus user may publish and hear: the least subjects with which a service does its work.
+
+This module must not know how a bus server writes permissions down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from shared.subjects import Subjects
+
+KINDS: Final = ("gateway", "scheduler", "worker", "cache", "operator")
+# One bus user serves a whole worker: the pod host and the TEs that it starts.
+_WORKER_PARTS: Final = ("pod", "te")
+_INBOXES: Final = {"worker": _WORKER_PARTS}
+
+# kind -> (tables it writes, tables it only reads)
+_TABLES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "gateway": (("registrations", "keys"), ("models",)),
+    "scheduler": (("registrations",), ("models",)),
+    "worker": (("models", "registrations"), ()),
+    "cache": (("registrations",), ("models",)),
+    "operator": ((), ("models", "registrations")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What one bus user may do. `answers` bounds the replies to one received request; -1 is a stream."""
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+    answers: int
+
+
+def permissions(kind: str, realm: str) -> Permissions:
+    """The least subjects with which a service of `kind` does its work; `operator` is the command line.
+
+    A reply needs no line here: the server lets a user answer what it was asked (`answers`), and nothing else in
+    another user's inbox. Raises KeyError for an unknown kind.
+    """
+    on = Subjects(realm)
+    every = "*"
+    pulse = (on.beat(every, every), on.down(every, every))
+    asked = on.status(every, every)
+    publish: dict[str, tuple[str, ...]] = {
+        "gateway": (
+            on.request(every),
+            on.task(every),
+            on.cancel(every),
+            on.beat("gateway", every),
+            asked,
+        ),
+        "scheduler": (
+            on.task(every),
+            on.tokens(every),
+            on.cancel(every),
+            on.beat("scheduler", every),
+        ),
+        "worker": (
+            on.tokens(every),
+            on.events(every),
+            on.blocks(every, every),
+            *(on.beat(part, every) for part in _WORKER_PARTS),
+            *(on.down(part, every) for part in _WORKER_PARTS),
+        ),
+        "cache": (on.blocks_dump(every), on.beat("cache", every)),
+        "operator": (asked,),
+    }
+    subscribe: dict[str, tuple[str, ...]] = {
+        "gateway": (on.prompt(every), on.tokens(every), *pulse, asked),
+        "scheduler": (
+            on.request(every),
+            on.events(every),
+            on.cancel(every),
+            *pulse,
+            asked,
+        ),
+        "worker": (on.task(every), on.cancel(every), on.blocks_dump(every), *pulse, asked),
+        "cache": (on.rtc(every), on.blocks(every, every), *pulse, asked),
+        "operator": pulse,
+    }
+    writes, reads = _TABLES[kind]
+    return Permissions(
+        publish=(
+            *publish[kind],
+            "$JS.API.INFO",
+            *(subject for name in (*writes, *reads) for subject in _reading(on.table(name))),
+            *(f"$KV.{on.table(name)}.>" for name in writes),
+        ),
+        subscribe=(
+            *subscribe[kind],
+            *(f"_INBOX.{inbox}.>" for inbox in _INBOXES.get(kind, (kind,))),
+        ),
+        answers=-1 if kind == "gateway" else 1,
+    )
+
+
+def _reading(bucket: str) -> tuple[str, ...]:
+    """JetStream's own subjects for opening (created when missing), reading and watching one bucket."""
+    stream = f"KV_{bucket}"
+    api = "$JS.API"
+    return (
+        f"{api}.STREAM.CREATE.{stream}",
+        f"{api}.STREAM.INFO.{stream}",
+        f"{api}.STREAM.MSG.GET.{stream}",
+        f"{api}.DIRECT.GET.{stream}",
+        f"{api}.DIRECT.GET.{stream}.>",
+        f"{api}.CONSUMER.CREATE.{stream}",
+        f"{api}.CONSUMER.CREATE.{stream}.>",
+        f"{api}.CONSUMER.INFO.{stream}.*",
+        f"{api}.CONSUMER.DELETE.{stream}.*",
+        f"$JS.FC.{stream}.>",
+    )
