@@ -7,6 +7,8 @@ must not know what is counted.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from socketserver import ThreadingMixIn
@@ -95,16 +97,22 @@ class Endpoint:
 
         self._server = make_server(host, port, app, _Server, _Quiet)
         self.port: int = self._server.server_port
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.25}, daemon=True
-        )
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
 
+    def _serve(self) -> None:
+        # Not `serve_forever`, which wakes up several times a second to see whether it should end.
+        while not self._closing:
+            self._server.handle_request()
+
     def close(self) -> None:
-        """Stop answering and free the port. Blocks for up to a quarter of a second: not for the event loop."""
-        self._server.shutdown()
+        """Stop answering and free the port. Blocks for a moment: not for the event loop."""
+        self._closing = True
+        with contextlib.suppress(OSError):  # wakes the thread
+            socket.create_connection((str(self._server.server_name), self.port), timeout=1).close()
+        self._thread.join(timeout=5)
         self._server.server_close()
-        self._thread.join()
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# As a TE runs (services/worker/settings.py); read by the OpenMP runtime when torch is loaded, so it stands first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# As a TE runs on two cores; read by the OpenMP runtime when torch is loaded, so it stands before the other imports.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from shared.bus import Bus
 from shared.config import BusSettings

@@ -34,7 +34,7 @@ from shared.messages import (
     Tokens,
 )
 
-TICK_S: Final = 0.1
+TICK_S: Final = 0.2
 REPLAY_TIMEOUT_S: Final = 2.0
 STALLED_MS: Final = 1500  # without progress, beyond the predicted step
 MAX_SOURCES: Final = 4096  # sequence numbers remembered

@@ -83,7 +83,7 @@ class Admission:
         if task is None:
             return None
         self.num_choices -= _num_choices(task.request)
-        if self._newest[request] == attempt:
+        if self._newest.get(request) == attempt:  # gone if a newer attempt ended first
             del self._newest[request]
         self._forget(now)
         self._ended[(request, attempt)] = now

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-_JUDGE_S: Final = 0.1
+_JUDGE_S: Final = 0.25
 # No beat for so long, or no progress for so long beyond the predicted step: the TE hangs. On purpose more patient than
 # gateways and JEs (1.5 s). If they are wrong about a TE that is merely slow, requests move; if we are, weights are
 # loaded again, on a machine that is slow already. It also covers a TE that finds the bus again later than we do.
