@@ -209,7 +209,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """`beat.<kind>.<id>`, 5 Hz: gateways, JEs, caches and pods live. `draining`: no new work, please."""
+    """`beat.<kind>.<id>`, 5 Hz (2 Hz at rest): gateways, JEs, caches and pods live. `draining`: no new work, please."""
 
     kind: str
     id: str
@@ -219,7 +219,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeBeat:
-    """`beat.te.<id>`, 5 Hz: a TE's load and pulse.
+    """`beat.te.<id>`, 5 Hz (2 Hz at rest): a TE's load and pulse.
 
     `progress_ms` is the age of the last finished step while there is work, 0 when idle; `step_ms` the predicted
     duration of the present step: a TE whose progress is older than 1.5 s beyond it counts as dead.

@@ -32,7 +32,10 @@ from shared.messages import Beat, StatusQuery, StatusReply, TeBeat
 from shared.metrics import Metrics
 
 S = TypeVar("S", bound=Settings)
-BEAT_S: Final = 0.2
+BEAT_S: Final = 0.2  # while there is work: others place requests by it
+REST_BEAT_S: Final = (
+    0.5  # without: three beats may still be lost before 1.5 s of silence mean death
+)
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -75,7 +78,7 @@ class Service(Generic[S]):
         self._ready = ok
 
     def beat(self, make: Callable[[], Beat | TeBeat] | None = None) -> None:
-        """Beat five times a second from now on, with what `make` returns."""
+        """Beat from now on with what `make` returns: five times a second, twice while there is no work."""
         self._make_beat = make or (
             lambda: Beat(kind=self.kind, id=self.id, draining=self.stopping.is_set())
         )
@@ -109,7 +112,7 @@ class Service(Generic[S]):
             # A full buffer means the bus is away: the next beat will do.
             with contextlib.suppress(errors.DeepFlowError):
                 await self.bus.publish(self.bus.subjects.beat(kind, self.id), beat)
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(BEAT_S if _has_work(beat) else REST_BEAT_S)
 
     async def _answer(self, query: StatusQuery) -> StatusReply:
         if query.verb == "log_level":
@@ -154,6 +157,12 @@ class Service(Generic[S]):
                 self.log.warning("drain_step_failed", error=error.message)
             except Exception:
                 self.log.exception("drain_step_failed")
+
+
+def _has_work(beat: Beat | TeBeat) -> bool:
+    if isinstance(beat, TeBeat):
+        return bool(beat.running or beat.waiting or beat.state != "ready")
+    return beat.in_flight > 0
 
 
 def instance_id(name: str) -> str:

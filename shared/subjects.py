@@ -72,7 +72,7 @@ class Subjects:
         return self._join("cancel", te)
 
     def beat(self, kind: str, instance: str) -> str:
-        """Everyone -> who cares, 5 Hz: `Beat` or `TeBeat`."""
+        """Everyone -> who cares, 5 Hz (2 Hz at rest): `Beat` or `TeBeat`."""
         return self._join("beat", kind, instance)
 
     def down(self, kind: str, instance: str) -> str:

@@ -26,7 +26,7 @@ from shared.messages import (
     Matched,
     TeBeat,
 )
-from shared.service import BEAT_S, Service
+from shared.service import REST_BEAT_S, Service
 from shared.subjects import QUEUE_CACHE
 
 _TICK_S: Final = 0.25
@@ -80,7 +80,7 @@ class Cache:
         service.ready()
 
     async def _warm_up(self) -> None:
-        await asyncio.sleep(2 * BEAT_S)  # whoever lives has beaten by then
+        await asyncio.sleep(1.5 * REST_BEAT_S)  # whoever lives has beaten by then
         try:
             async with asyncio.timeout(_WARM_S):
                 await asyncio.gather(*(self._ask(te) for te in self._directory.unsynced()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-# The shell asks at 5 Hz; a longer gap means that the whole process stood still.
+# The shell asks with every beat; a longer gap means that the whole process stood still.
 FORGIVEN_S: Final = 1.0
 
 
