@@ -97,6 +97,7 @@ class Endpoint:
 
         self._server = make_server(host, port, app, _Server, _Quiet)
         self.port: int = self._server.server_port
+        self._address = ("127.0.0.1" if host == "0.0.0.0" else host, self.port)
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
@@ -110,7 +111,7 @@ class Endpoint:
         """Stop answering and free the port. Blocks for a moment: not for the event loop."""
         self._closing = True
         with contextlib.suppress(OSError):  # wakes the thread
-            socket.create_connection((str(self._server.server_name), self.port), timeout=1).close()
+            socket.create_connection(self._address, timeout=1).close()
         self._thread.join(timeout=5)
         self._server.server_close()
 

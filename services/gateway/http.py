@@ -16,6 +16,7 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.typedefs import Handler, Middleware
 
 from services.gateway import auth
+from services.gateway.budget import BodyBudget, Held
 from services.gateway.calls import Caller
 from services.gateway.counts import Counts
 from services.gateway.openai.bodies import error_body
@@ -34,6 +35,7 @@ from shared.log import Logger
 PROBES: Final = ("/health", "/ready")
 TENANT: Final = web.RequestKey("tenant", str)
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+HELD: Final = web.RequestKey("held", Held)  # the body's share of the budget
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _IDEMPOTENCY_KEY: Final = re.compile(r"[ -~]{1,256}")
@@ -63,6 +65,8 @@ class BodyTimeout(InvalidRequest):
 def middleware(settings: GatewaySettings, counts: Counts, log: Logger) -> Middleware:
     """The one middleware: names the request, checks who asks, and turns every error into OpenAI's body."""
 
+    budget = BodyBudget(settings.body_budget_bytes)
+
     @web.middleware
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
@@ -70,7 +74,8 @@ def middleware(settings: GatewaySettings, counts: Counts, log: Logger) -> Middle
         start = time.monotonic()
         try:
             request[TENANT] = _admit(request, settings)
-            response = await handler(request)
+            with budget.take(_body_bytes(request, settings)) as request[HELD]:
+                response = await handler(request)
         except DeepFlowError as error:
             response = error_response(error)
         except web.HTTPException as error:
@@ -157,7 +162,16 @@ async def read_json(request: web.Request, settings: GatewaySettings) -> Any:
         raise TooLarge(f"the body is larger than {limit} bytes") from error
     except (ClientPayloadError, web.RequestPayloadError, ValueError) as error:
         raise InvalidRequest("the body cannot be read") from error
+    request[HELD].resize(len(raw))
     return parse_json(raw)
+
+
+def _body_bytes(request: web.Request, settings: GatewaySettings) -> int:
+    """How long the body may be, as far as its head tells; one that is too long is not going to be read."""
+    if not request.body_exists:
+        return 0
+    length = request.content_length
+    return min(settings.max_body_bytes, settings.max_body_bytes if length is None else length)
 
 
 def parse_json(raw: bytes) -> Any:

@@ -21,6 +21,7 @@ class GatewaySettings(Settings):
     port: int = 8000  # 0: any free port
     keys: Keys
     max_body_bytes: int = 8 * MIB
+    body_budget_bytes: int = 256 * MIB  # of all requests in flight; past it they are answered 429
     max_in_flight: int = 1024  # API calls at once; one more is answered 429
     deadline_s: float = 600.0  # of one request, end to end
     park_s: float = 60.0  # of it, without any TE of the model
@@ -45,6 +46,9 @@ class GatewaySettings(Settings):
             "port": reader.integer("DEEPFLOW_PORT", 8000, 0, 65535),
             "keys": keys,
             "max_body_bytes": reader.integer("DEEPFLOW_MAX_BODY_BYTES", 8 * MIB, 1024, 1024 * MIB),
+            "body_budget_bytes": reader.integer(
+                "DEEPFLOW_BODY_BUDGET_BYTES", 256 * MIB, 1024, 1024 * 1024 * MIB
+            ),
             "max_in_flight": reader.integer("DEEPFLOW_MAX_IN_FLIGHT", 1024, 1, 1_000_000),
             "deadline_s": reader.number("DEEPFLOW_DEADLINE_S", 600.0, 0.1, 86_400.0),
             "park_s": reader.number("DEEPFLOW_PARK_S", 60.0, 0.0, 86_400.0),

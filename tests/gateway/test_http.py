@@ -387,6 +387,26 @@ async def test_calls_in_flight_are_bounded(nats: Any, cache: Any, peers: Peers) 
     assert await gateway.stop() == 0
 
 
+async def test_bodies_in_flight_have_a_byte_budget(nats: Any, cache: Any, peers: Peers) -> None:
+    """Past the budget a body is refused with 429 before it is read, and its room is free again after the answer."""
+    gateway = RunningGateway(nats.url, cache, body_budget_bytes=2000)
+    await gateway.start()
+    peers.step_s = 0.2
+    async with aiohttp.ClientSession(gateway.url) as http:
+        body = {"model": MODEL, "messages": HELLO, "stream": True, "user": "x" * 1200}
+        async with http.post("/v1/chat/completions", json=body) as first:
+            assert first.status == 200
+            async with http.post("/v1/chat/completions", json=body) as second:
+                assert second.status == 429
+                assert second.headers["Retry-After"] == "1"
+            peers.step_s = 0
+            await first.read()
+        async with http.post("/v1/chat/completions", json=body) as third:
+            assert third.status == 200
+            await third.read()
+    assert await gateway.stop() == 0
+
+
 async def test_draining_finishes_open_streams(nats: Any, cache: Any, peers: Peers) -> None:
     """While stopping, new calls get 503 with Retry-After, and open ones run to their end."""
     gateway = RunningGateway(nats.url, cache)

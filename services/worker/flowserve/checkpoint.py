@@ -40,9 +40,6 @@ class Checkpoint:
         else:
             raise ModelError(f"{folder} holds neither model.safetensors nor its index")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor `name` as stored (float32, bfloat16 or float16), a view of the file where the platform maps it."""
         if name not in self._places:

@@ -21,8 +21,6 @@ Rows = tuple[torch.Tensor, torch.Tensor | None]  # weight [n, in] and bias [n], 
 class Linear(Protocol):
     """x fp32 [T, in] -> fp32 [T, out]."""
 
-    num_bytes: int  # of weights read by one product
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -32,7 +30,6 @@ class FloatLinear:
     def __init__(self, parts: Iterable[Rows], size: tuple[int, int], dtype: torch.dtype) -> None:
         self._weight = torch.empty(size, dtype=dtype)
         self._bias = _fill(parts, size[0], lambda rows, part: self._weight[rows].copy_(part))
-        self.num_bytes = self._weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # [T, in] @ [in, out] -> [T, out]
@@ -57,7 +54,6 @@ class Int8Linear:
         self._weight = torch.empty(num_groups, num_outputs, self._group, dtype=torch.int8)
         self._scales = torch.empty(num_groups, num_outputs)
         self._bias = _fill(parts, num_outputs, self._quantise)
-        self.num_bytes = self._weight.nbytes
 
     def _quantise(self, rows: slice, part: torch.Tensor) -> None:
         codes, scales = quantise_rows(

@@ -80,14 +80,6 @@ class Decoder:
         """What a cache for this decoder stores: bfloat16 in bf16, else float32."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that one decode step reads."""
-        products = [self._head]
-        for layer in self._layers:
-            products += [layer.qkv, layer.out, layer.gate_up, layer.down]
-        return sum(product.num_bytes for product in products)
-
     @torch.inference_mode()
     def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
         """Computes the rows of `step`, stores their keys and values in `kv`, and returns logits fp32
