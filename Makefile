@@ -18,10 +18,12 @@ setup: ## .venv with all that DeepFlow needs
 run: setup ## start the platform (ARGS="--workers 2"); Ctrl-C stops it
 	@exec $(BIN)/deepflow up $(ARGS)
 
+# The first two rings go through two processes, a file at a time; the whole platform wants the machine for itself.
 test: setup ## every test, ring by ring
 	@for ring in $(RINGS); do \
+		case $$ring in system) spread="";; *) spread="-n 2 --dist loadfile";; esac; \
 		echo "== $$ring: $$(sed -n "s/^  \"$$ring: \(.*\)\",\$$/\1/p" pyproject.toml)"; \
-		$(BIN)/pytest -q -m $$ring $(ARGS) || exit 1; \
+		$(BIN)/pytest -q -m $$ring $$spread $(ARGS) || exit 1; \
 	done
 
 check: setup ## format, lint, types, import contracts, core ring

@@ -300,12 +300,20 @@ async def test_tokens_that_cannot_be_shown_end_their_request_only(
 
 
 async def test_a_request_waits_for_the_bus(
-    http: aiohttp.ClientSession, peers: Peers, nats: NatsServer, monkeypatch: pytest.MonkeyPatch
+    http: aiohttp.ClientSession,
+    gateway: RunningGateway,
+    peers: Peers,
+    nats: NatsServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A request that comes while the bus is away is sent once, when it is back."""
     monkeypatch.setattr(delivery, "SUBMIT_TIMEOUT_S", (0.2, 0.2))
     await chat(http)  # from now on the tenant's secret is known
     nats.kill()
+    assert gateway.service is not None
+    async with asyncio.timeout(5):
+        while gateway.service.bus.connected:  # until then a request may go into the dead socket
+            await asyncio.sleep(0.01)
     reading = asyncio.create_task(chat(http))
     await asyncio.sleep(0.8)
     nats.start()

@@ -55,6 +55,12 @@ def test_a_seed_repeats_and_its_absence_does_not(llm: FlowServe) -> None:
     assert bare(llm.generate("a", **fields)) != bare(llm.generate("a", **fields))
 
 
+def test_fields_beside_a_sampling_are_refused(llm: FlowServe) -> None:
+    """Settings given twice are an error, not ignored."""
+    with pytest.raises(TypeError, match="max_tokens"):
+        llm.generate("a", llm.sampling(max_tokens=2), max_tokens=3)
+
+
 def test_choices_come_next_to_each_other(llm: FlowServe) -> None:
     """Two prompts with n = 2 give four outputs, prompt by prompt."""
     sampling = Sampling(max_tokens=8, seed=1, n=2, ignore_eos=True)

@@ -120,3 +120,22 @@ def test_from_folder_reads_what_from_dict_reads(tmp_path: Path) -> None:
     """The file's keys arrive unchanged."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", -1.0),
+        ("rope_theta", "big"),
+        ("rope_theta", True),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": [1]}),
+        ("max_window_layers", "all"),
+    ],
+)
+def test_a_value_that_is_no_number_is_named(key: str, value: Any) -> None:
+    """A wrong value is a ModelError that names its key."""
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}
+    named = "rope_theta" if key == "rope_parameters" else key
+    with pytest.raises(ModelError, match=named):
+        ModelConfig.from_dict(LLAMA | qwen | {key: value})

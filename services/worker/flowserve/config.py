@@ -7,6 +7,7 @@ family's default here, so the rest of the engine never asks which family it serv
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             context=context,
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw, context),
             windows=_windows(raw, architecture, _integer(raw, "num_hidden_layers")),
             tied=bool(raw.get("tie_word_embeddings", False)),
@@ -144,6 +145,15 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
+def _number(raw: Mapping[str, Any], key: str, default: float) -> float:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ModelError(f"config.json: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
 def _rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     """`rope_parameters` (transformers 5), else `rope_theta` beside `rope_scaling` (before)."""
     values = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
@@ -154,7 +164,8 @@ def _rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     for key in _ROPE_KINDS[kind]:
         if not isinstance(values.get(key), int | float):
             raise ModelError(f"config.json: rope type {kind} needs the number {key!r}")
-    theta = values.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    theta = _number({**raw, **values}, "rope_theta", 10000.0)
+    values.pop("rope_theta", None)
     partial = values.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise ModelError(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0")
@@ -162,7 +173,7 @@ def _rope(raw: Mapping[str, Any], context: int) -> RopeConfig:
     values["original_max_position_embeddings"] = (
         original or values.get("original_max_position_embeddings") or context
     )
-    return RopeConfig(kind, float(theta), values)
+    return RopeConfig(kind, theta, values)
 
 
 def _windows(raw: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
@@ -179,7 +190,9 @@ def _windows(raw: Mapping[str, Any], architecture: str, num_layers: int) -> tupl
         return (None,) * num_layers
     kinds = raw.get("layer_types")
     if kinds is None:
-        first = int(raw.get("max_window_layers", 28))
+        first = raw.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise ModelError(f"config.json: max_window_layers must be an integer, not {first!r}")
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
     if len(kinds) != num_layers:
         raise ModelError(f"config.json: layer_types names {len(kinds)} of {num_layers} layers")

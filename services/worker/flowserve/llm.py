@@ -106,9 +106,10 @@ class FlowServe:
 
         A prompt is text or token ids. `fields` are those of `Sampling`, for use without one; unless given,
         `max_tokens` is what the context allows and `seed` is random.
-        Raises InvalidRequest for a prompt that is too long, Internal if the engine failed.
+        Raises InvalidRequest for a prompt that is too long, Internal if the engine failed, TypeError for both a
+        `Sampling` and `fields`.
         """
-        sampling = sampling or self.sampling(**fields)
+        sampling = self._chosen(sampling, fields)
         streams = [_Stream(self, self._ids(prompt), sampling, stop) for prompt in _many(prompts)]
         try:
             for stream in streams:
@@ -127,7 +128,7 @@ class FlowServe:
         **fields: Any,
     ) -> Iterator[Piece]:
         """As `generate` for one prompt, piece by piece. Leaving the loop early cancels the rest."""
-        stream = _Stream(self, self._ids(prompt), sampling or self.sampling(**fields), stop)
+        stream = _Stream(self, self._ids(prompt), self._chosen(sampling, fields), stop)
         try:
             stream.open()
             yield from stream.pieces()
@@ -150,6 +151,13 @@ class FlowServe:
         """A `Sampling` whose `max_tokens` and `seed` may be left out."""
         defaults = {"max_tokens": self.engine.context, "seed": secrets.randbits(64)}
         return Sampling(**(defaults | fields))
+
+    def _chosen(self, sampling: Sampling | None, fields: dict[str, Any]) -> Sampling:
+        if sampling is not None and fields:
+            raise TypeError(
+                f"{', '.join(fields)}: give them in `sampling`, or leave `sampling` out"
+            )
+        return sampling or self.sampling(**fields)
 
     # ------------------------------------------------------------------------------------------------- for streams
 
