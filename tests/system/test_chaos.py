@@ -40,12 +40,12 @@ def expected(stack: Stack) -> list[str]:
 
 def kill_te(stack: Stack) -> None:
     """kill -9 of the busiest TE."""
-    os.kill(max(stack.tes(), key=lambda te: te["running"])["pid"], signal.SIGKILL)
+    os.kill(max(stack.wait_tes(), key=lambda te: te["running"])["pid"], signal.SIGKILL)
 
 
 def stop_te(stack: Stack) -> None:
     """SIGSTOP of the busiest TE: a hang."""
-    os.kill(max(stack.tes(), key=lambda te: te["running"])["pid"], signal.SIGSTOP)
+    os.kill(max(stack.wait_tes(), key=lambda te: te["running"])["pid"], signal.SIGSTOP)
 
 
 def kill_service(name: str) -> Callable[[Stack], None]:

@@ -64,7 +64,7 @@ async def client(stack: Stack, request: dict[str, Any], leave_after: int | None)
 def strike(stack: Stack, victim: str) -> None:
     """kill -9."""
     with contextlib.suppress(ProcessLookupError, StopIteration, psutil.Error):
-        pid = stack.tes()[0]["pid"] if victim == "te" else stack.service_pid(victim)
+        pid = stack.wait_tes()[0]["pid"] if victim == "te" else stack.service_pid(victim)
         os.kill(pid, signal.SIGKILL)
 
 
