@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ VENV = ROOT / ".venv"
 PIP = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
 LOG = VENV / "setup.log"
 STAMP = VENV / "setup.stamp"
+NATIVE = ROOT / "services/worker/flowserve/native"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 ACCELERATORS = ("/dev/nvidia0", "/dev/davinci0", "/dev/dxg")
 
@@ -33,7 +35,7 @@ def main() -> int:
     # The interpreter and the place count too: a venv survives neither a move nor a new Python.
     wanted = hashlib.sha256(project + sys.version.encode() + bytes(ROOT)).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted:
-        return 0
+        return build_kernels()
     if not (VENV / "bin/python").exists():
         print("Making .venv ...", flush=True)
         venv.create(VENV, with_pip=True, symlinks=True)
@@ -43,6 +45,7 @@ def main() -> int:
         for line in tomllib.loads(project.decode())["project"]["optional-dependencies"]["worker"]
         if line.startswith("torch==")
     )
+    os.environ["DEEPFLOW_SKIP_KERNELS"] = "1"  # built below, where their errors are seen
     print(
         "Installing DeepFlow and what it needs; pip's own words are in .venv/setup.log", flush=True
     )
@@ -50,6 +53,25 @@ def main() -> int:
         print("pip failed:", *LOG.read_text().splitlines()[-15:], sep="\n  ", file=sys.stderr)
         return 1
     STAMP.write_text(wanted)
+    return build_kernels()
+
+
+def build_kernels() -> int:
+    """Build the native kernels if their sources changed, or say why there are none; the exit code."""
+    stamp = VENV / "kernels.stamp"
+    sys.path.insert(0, str(NATIVE))
+    import build
+
+    digest = build.sources_digest()
+    if build.LIBRARY.exists() and stamp.exists() and stamp.read_text() == digest:
+        return 0
+    print("Building the native kernels ...", flush=True)
+    try:
+        build.build()
+    except build.BuildError as error:
+        print(f"No native kernels, the engine will use torch, several times slower: {error}")
+    else:
+        stamp.write_text(digest)
     return 0
 
 

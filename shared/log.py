@@ -39,3 +39,10 @@ def configure(level: str = "info") -> None:
 def get(**context: object) -> Logger:
     """A logger with `context` bound to each of its lines."""
     return cast("Logger", structlog.get_logger(**context))
+
+
+def note(event: str, **fields: object) -> None:
+    """One line at level info from code that also runs as a library: dropped where nobody has set up logging, for
+    structlog would then print it on standard output."""
+    if structlog.is_configured():
+        get().info(event, **fields)

@@ -1,4 +1,4 @@
-"""Makes a TE's engine: weights, KV cache, one warm-up request. Runs in the engine's thread, and imports torch.
+"""Makes a TE's engine: weights, KV cache, one warm-up request. Runs in the engine's thread.
 
 This module must not know the bus or the shell.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gc
 from typing import TYPE_CHECKING, Final
-
-import torch
 
 from services.worker.flowserve.engine import Engine
 from services.worker.settings import PAGE
@@ -24,7 +22,6 @@ _WARM_UP_PROMPT: Final = PAGE - 3
 
 def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
     """The engine for one model, warmed up. Raises DeepFlowError naming what is wrong with the model or the memory."""
-    torch.set_num_threads(settings.threads)
     engine = Engine.from_folder(
         folder.path,
         dtype=settings.dtype,
@@ -33,6 +30,9 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
         page=PAGE,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
+        threads=settings.threads,
+        cache_dir=settings.cache_dir,
+        kernels=settings.kernels,
     )
     _warm_up(engine)
     # What was made so far stays: the collector need not visit it again.

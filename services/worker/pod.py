@@ -77,7 +77,9 @@ class Pod:
         for name in settings.models:
             folder = open_model(settings.cache_dir, name)
             context = served_context(folder, settings, page=PAGE)
-            entry = model_entry(folder, dtype=settings.dtype, page=PAGE, context=context)
+            entry = model_entry(
+                folder, dtype=settings.dtype, kernels=settings.kernels, page=PAGE, context=context
+            )
             self._registrar.put("models", name, entry)
         registration = Registration(
             kind="pod", id=service.id, host=host_name(), pid=os.getpid(), page=PAGE

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from services.worker.flowserve.backend import arithmetic, bytes_per_block
 from services.worker.flowserve.config import ModelConfig
 from shared.messages import ModelEntry
 
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
     from shared.catalog import ModelFolder
 
 # Changes with every change of the arithmetic that changes keys or values.
-_ARITHMETIC = "flowserve 1"
+_ARITHMETIC = "flowserve 2"
 
 
-def recipe_digest(folder: ModelFolder, *, dtype: str, page: int) -> str:
-    """32 hex characters over weights, arithmetic, KV type and layout."""
-    parts = (folder.weights_digest, _ARITHMETIC, dtype, str(page))
+def recipe_digest(folder: ModelFolder, *, dtype: str, kernels: str, page: int) -> str:
+    """32 hex characters over weights, arithmetic, KV type and layout. Raises ModelError."""
+    config = ModelConfig.from_folder(folder.path)
+    used = arithmetic(config, dtype=dtype, kernels=kernels)
+    parts = (folder.weights_digest, _ARITHMETIC, used, str(page))
     return blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -33,13 +36,15 @@ def served_context(folder: ModelFolder, settings: WorkerSettings, *, page: int) 
     if settings.kv_tokens:
         num_blocks = -(-settings.kv_tokens // page)
     else:
-        elements = config.num_layers * 2 * config.num_kv_heads * page * config.head_dim
-        num_blocks = settings.kv_bytes // (elements * (2 if settings.dtype == "bf16" else 4))
+        per_block = bytes_per_block(config, page, dtype=settings.dtype, kernels=settings.kernels)
+        num_blocks = settings.kv_bytes // per_block
     return min(config.context, num_blocks * page)
 
 
-def model_entry(folder: ModelFolder, *, dtype: str, page: int, context: int) -> ModelEntry:
-    """How the catalogue describes this model, served in `dtype` with KV pages of `page` tokens."""
+def model_entry(
+    folder: ModelFolder, *, dtype: str, kernels: str, page: int, context: int
+) -> ModelEntry:
+    """How the catalogue describes this model, served in `dtype` with KV pages of `page` tokens. Raises ModelError."""
     return ModelEntry(
         name=folder.name,
         folder=folder.path.name,
@@ -49,6 +54,6 @@ def model_entry(folder: ModelFolder, *, dtype: str, page: int, context: int) -> 
         eos_ids=folder.eos_ids,
         tokenizer_digest=folder.tokenizer_digest,
         template_digest=folder.template_digest,
-        recipe_digest=recipe_digest(folder, dtype=dtype, page=page),
+        recipe_digest=recipe_digest(folder, dtype=dtype, kernels=kernels, page=page),
         created=folder.created,
     )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu")
 DTYPES = ("w8a8", "fp32", "bf16")
+KERNELS = ("auto", "native", "torch")
 PAGE = 16  # tokens per KV page on CPU and CUDA; also the hash granularity
 _KV_BYTES = 1 << 30
 
@@ -29,6 +30,7 @@ class WorkerSettings(Settings):
     num_tes: int  # of each model
     device: str  # auto: the best there is
     dtype: str
+    kernels: str  # what computes w8a8; auto: native where this processor and installation have it
     kv_bytes: int  # per TE; counts only where `kv_tokens` is 0
     kv_tokens: int  # per TE
     max_num_seqs: int
@@ -48,11 +50,15 @@ class WorkerSettings(Settings):
         num_tes = reader.integer("DEEPFLOW_WORKERS", 1, 1, 1024)
         threads = reader.integer("DEEPFLOW_THREADS", 0, 0, 1024)
         max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
+        dtype = reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES)
+        kernels = read_kernels(reader)
+        native = dtype == "w8a8" and kernels != "torch"
         return Settings.read(reader) | {
             "models": models,
             "num_tes": num_tes,
             "device": reader.choice("DEEPFLOW_DEVICE", "auto", DEVICES),
-            "dtype": reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES),
+            "dtype": dtype,
+            "kernels": kernels,
             "kv_bytes": reader.integer("DEEPFLOW_KV_BYTES", _KV_BYTES, 1, 1 << 50),
             "kv_tokens": reader.integer("DEEPFLOW_KV_TOKENS", 0, 0, 1 << 40),
             "max_num_seqs": max_num_seqs,
@@ -61,7 +67,8 @@ class WorkerSettings(Settings):
                 "DEEPFLOW_MAX_BATCHED_TOKENS", max(256, max_num_seqs), max_num_seqs, 1 << 20
             ),
             "max_waiting": reader.integer("DEEPFLOW_MAX_WAITING", 256, 0, 1 << 20),
-            "threads": threads or default_threads(_num_cores(), num_tes * len(models)),
+            "threads": threads
+            or default_threads(num_cores(), num_tes * len(models), native=native),
             "load_timeout_s": reader.number("DEEPFLOW_LOAD_TIMEOUT_S", 600.0, 1.0, 86400.0),
         }
 
@@ -101,15 +108,20 @@ def for_te(
     }
 
 
-def default_threads(num_cores: int, num_tes: int) -> int:
-    """Compute threads of each of `num_tes` TEs: the cores, less one for the bus, the gateway and the shells.
+def read_kernels(reader: Reader) -> str:
+    """The decoder's kernels, one of KERNELS. Raises ConfigError."""
+    return reader.choice("DEEPFLOW_KERNELS", "auto", KERNELS)
 
-    A step is hundreds of short parallel regions, and each waits for the slowest thread. On two cores, a second thread
-    gained nothing in quiet (decode step 31 ms against 29, prefill of 256 tokens 420 ms against 449), and with one other
-    busy process it cost a factor of 4.6 (174 ms against 38). Threads that sleep at barriers instead of spinning lose
-    less then (40 ms), but 114 ms in quiet.
+
+def default_threads(num_cores: int, num_tes: int, *, native: bool) -> int:
+    """Compute threads of each of `num_tes` TEs: its share of the cores, with torch's kernels of all but one.
+
+    Native threads wait for work, not for each other: on two cores, beside one other busy process, a decode step takes
+    as long on two threads as on one, and alone 1.5 times less from eight sequences on. torch's parallel regions each
+    wait for the slowest thread: there the second thread gained nothing in quiet and cost a factor of 4.6 beside a busy
+    process.
     """
-    return max(1, (num_cores - 1) // num_tes)
+    return max(1, (num_cores if native else num_cores - 1) // num_tes)
 
 
 def compute_env(num_threads: int) -> dict[str, str]:
@@ -124,7 +136,7 @@ def compute_env(num_threads: int) -> dict[str, str]:
     }
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores this process may run on (a container's share, not the machine's)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -77,7 +77,9 @@ class Shell:
             model=settings.model,
             pod=settings.pod,
             page=PAGE,
-            recipe_digest=recipe_digest(folder, dtype=settings.dtype, page=PAGE),
+            recipe_digest=recipe_digest(
+                folder, dtype=settings.dtype, kernels=settings.kernels, page=PAGE
+            ),
         )
         self._state = "loading"
         self._pulse = Pulse()

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
-from services.worker.flowserve.model import Decoder
+from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.decoder import Decoder
+from tests.worker.arithmetic import ArithmeticDecoder, make_config
 from tests.worker.bench import GREEDY, SEEDED, Bench, request
-from tests.worker.tiny import make_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return make_config(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """A tiny model's products are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def decoder(tiny_config: ModelConfig) -> ArithmeticDecoder:
+    return ArithmeticDecoder(tiny_config)
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    return Decoder.load(make_tiny(tmp_path_factory.mktemp("tiny")))
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step before the next is planned, and one ahead."""
+    monkeypatch.setattr(Bench, "mode", {"asynchronous": request.param})
 
 
 @pytest.fixture(scope="module", params=[GREEDY, SEEDED], ids=["greedy", "seeded"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
+import numpy as np
 
-from services.worker.flowserve.kv import KVCache
-from services.worker.flowserve.model import Decoder, Span, StepInput
+from services.worker.flowserve.backend import load_decoder
+from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
 
 PAGE = 16
 
@@ -20,38 +21,36 @@ class Sequence:
     ids: list[int]
     table: list[int] = field(default_factory=list)
     computed: int = 0
-    rows: list[torch.Tensor] = field(default_factory=list)
+    rows: list[Floats] = field(default_factory=list)
 
     @property
-    def logits(self) -> torch.Tensor:
+    def logits(self) -> Floats:
         """[computed here, vocab]."""
-        return torch.cat(self.rows)
+        return np.concatenate(self.rows)
 
 
 class Driver:
-    """A decoder with a cache of its own, whose blocks are handed out in shuffled order."""
+    """A decoder with a new cache, whose blocks are handed out in shuffled order. A former driver of it is done for."""
 
     def __init__(self, decoder: Decoder, *, num_blocks: int = 256, seed: int = 0) -> None:
         self.decoder = decoder
-        self.kv = KVCache.allocate(
-            decoder.config, num_blocks=num_blocks, page=PAGE, dtype=decoder.kv_dtype
-        )
+        decoder.allocate(num_blocks, PAGE)
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
 
     def step(self, parts: list[tuple[Sequence, int]]) -> None:
         """Computes the next `n` known ids of each (sequence, n), all in one step, and keeps all logits."""
-        spans, tokens, positions = [], [], []
+        spans, tokens = [], []
         for sequence, n in parts:
             end = sequence.computed + n
             while len(sequence.table) * PAGE < end:
                 sequence.table.append(self._free.pop())
             spans.append(Span(sequence.computed, n, sequence.table))
             tokens += sequence.ids[sequence.computed : end]
-            positions += range(sequence.computed, end)
         rows = list(range(len(tokens)))
-        logits = self.decoder.forward(StepInput(tokens, positions, spans, rows), self.kv)
-        for (sequence, n), part in zip(parts, logits.split([n for _, n in parts]), strict=True):
+        logits = self.decoder.forward(StepInput(tokens, spans, rows)).copy()
+        ends = np.cumsum([n for _, n in parts])
+        for (sequence, n), part in zip(parts, np.split(logits, ends[:-1]), strict=True):
             sequence.computed += n
             sequence.rows.append(part)
 
@@ -74,3 +73,9 @@ def random_ids(length: int, *, seed: int = 0, vocab: int = 512) -> list[int]:
     """Reproducible ordinary tokens."""
     source = random.Random(seed)
     return [source.randrange(3, vocab) for _ in range(length)]
+
+
+def load(folder: Path, dtype: str = "w8a8", kernels: str = "auto") -> Decoder:
+    """The decoder for a tiny model, whose products are too small to share between threads."""
+    cache_dir = folder.parent / "cache"
+    return load_decoder(folder, dtype=dtype, kernels=kernels, cache_dir=cache_dir, threads=1)

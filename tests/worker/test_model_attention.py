@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from services.worker.flowserve.attention import AttentionPlan, BlockSizes, Span
+from services.worker.flowserve.attention import AttentionPlan, BlockSizes
 from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.decoder import Span
 from services.worker.flowserve.kv import KVCache, bytes_per_block
 
 CONFIG = ModelConfig.from_dict(

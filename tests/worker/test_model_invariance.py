@@ -6,14 +6,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.worker.flowserve.model import Decoder, Span, StepInput, rms_norm, swiglu
-from services.worker.flowserve.rope import rotate
-from tests.worker.drive import PAGE, Driver, Sequence, random_ids
+from services.worker.flowserve import native_decoder
+from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
+from services.worker.flowserve.torch_decoder import rms_norm, rotate, swiglu
+from tests.worker.drive import PAGE, Driver, Sequence, load, random_ids
 from tests.worker.tiny import make_tiny
 
 LENGTH = 150  # more than two KV tiles
@@ -31,15 +33,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def decoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=["native", "torch"])
+def decoders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
     """A decoder of each variant, and the logits of its test sequence computed alone, in one step."""
+    if request.param == "native" and (why_not := native_decoder.available()):
+        pytest.skip(why_not)
     root: Path = tmp_path_factory.mktemp("variants")
 
     @cache
-    def get(variant: str) -> tuple[Decoder, torch.Tensor]:
+    def get(variant: str) -> tuple[Decoder, Floats]:
         family, overrides = VARIANTS[variant]
-        decoder = Decoder.load(make_tiny(root / variant, family, **overrides))
+        folder = make_tiny(root / variant, family, **overrides)
+        decoder = load(folder, kernels=request.param)
         return decoder, Driver(decoder).run(Sequence(random_ids(LENGTH))).logits
 
     return get
@@ -77,7 +82,7 @@ def test_chunks_and_mates_change_no_bit(decoders: Any, variant: str, data: st.Da
             (one, plan.pop(0)) for one, plan in zip((target, *mates), plans, strict=True) if plan
         ]
         driver.step(parts if first else parts[::-1])
-    assert torch.equal(target.logits, expected[:length])
+    assert np.array_equal(target.logits, expected[:length])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -89,26 +94,27 @@ def test_a_prefix_hit_changes_no_bit(decoders: Any, variant: str) -> None:
     donor = driver.run(Sequence(ids[:130]), chunk=3)
     for hit in (PAGE, 64, 128):
         heir = Sequence(ids, table=donor.table[: hit // PAGE], computed=hit)
-        assert torch.equal(driver.run(heir, chunk=40).logits, expected[hit:])
+        assert np.array_equal(driver.run(heir, chunk=40).logits, expected[hit:])
 
 
 def test_sixty_four_decode_together(decoders: Any) -> None:
     """Sixty-four sequences of different lengths, decoded in one step, each equal themselves alone."""
     decoder, _ = decoders("qwen3")
-    crowd, lonely = Driver(decoder, num_blocks=600), Driver(decoder, num_blocks=600)
+    crowd = Driver(decoder, num_blocks=600)
     sequences = [Sequence(random_ids(2 + 2 * i, seed=i)) for i in range(64)]
     crowd.step([(one, len(one.ids) - 1) for one in sequences])
     crowd.step([(one, 1) for one in sequences])
+    lonely = Driver(decoder, num_blocks=600)
     for one in sequences:
         alone = lonely.run(Sequence(one.ids))
-        assert torch.equal(alone.logits, one.logits)
+        assert np.array_equal(alone.logits, one.logits)
 
 
 def test_a_step_may_sample_nothing(decoders: Any) -> None:
     """A step of prompt chunks alone returns no logits."""
     decoder, _ = decoders("llama")
     driver = Driver(decoder)
-    logits = decoder.forward(StepInput([5, 6], [0, 1], [Span(0, 2, [3])], []), driver.kv)
+    logits = driver.decoder.forward(StepInput([5, 6], [Span(0, 2, [3])], []))
     assert logits.shape == (0, 512)
 
 

@@ -287,13 +287,14 @@ def test_the_recipe_covers_weights_arithmetic_and_page(tmp_path: Path) -> None:
     """Other weights, another arithmetic or another page size give another digest, the same give the same."""
     make_model(tmp_path)
     folder = open_model(tmp_path, MODEL)
-    entry = model_entry(folder, dtype="w8a8", page=16, context=4096)
-    assert entry.recipe_digest == recipe_digest(folder, dtype="w8a8", page=16)
+    same: dict[str, Any] = {"dtype": "w8a8", "kernels": "torch", "page": 16}
+    entry = model_entry(folder, **same, context=4096)
+    assert entry.recipe_digest == recipe_digest(folder, **same)
     assert (entry.name, entry.context, entry.vocab, entry.page) == (MODEL, 4096, 512, 16)
     others = {
-        recipe_digest(folder, dtype="fp32", page=16),
-        recipe_digest(folder, dtype="w8a8", page=128),
-        recipe_digest(replace(folder, weights_digest="tiny-1"), dtype="w8a8", page=16),
+        recipe_digest(folder, **same | {"dtype": "fp32"}),
+        recipe_digest(folder, **same | {"page": 128}),
+        recipe_digest(replace(folder, weights_digest="tiny-1"), **same),
     }
     assert len(others | {entry.recipe_digest}) == 4
 
@@ -314,6 +315,7 @@ def test_the_catalogue_tells_the_context_that_the_engine_has(
         kv_tokens=settings.kv_tokens or None,
         kv_bytes=settings.kv_bytes,
         page=PAGE,
+        cache_dir=tmp_path,
     )
     assert served_context(folder, settings, page=PAGE) == engine.context
     assert (engine.context == folder.context) == (not room)

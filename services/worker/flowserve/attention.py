@@ -23,20 +23,12 @@ from itertools import groupby
 import torch
 
 from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.decoder import Span
 from services.worker.flowserve.kv import KVCache
 
 KV_TILE = 64
 QUERY_TILE = 32  # positions of a prompt that share one read of the keys
 _SCORES_AT_ONCE = 1 << 19  # elements: 2 MiB stay in cache; a larger step goes in several groups
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The rows of one sequence in a step, at positions start to start + length, and the blocks from 0 to their end."""
-
-    start: int
-    length: int
-    table: list[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from services.worker.flowserve.config import ModelError
+from services.worker.flowserve.quantise import Floats
+from services.worker.flowserve.tensorfile import FLOATS, Array, TensorFile, as_floats
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SINGLE = "model.safetensors"
 
 
 class Checkpoint:
@@ -23,48 +21,47 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[
-            str, Any
-        ] = {}  # file name -> safetensors handle, which has no public type
+        self._files: dict[str, TensorFile] = {}  # by file name
         self._places: dict[str, str] = {}  # tensor name -> file name
         index = folder / "model.safetensors.index.json"
-        if (folder / "model.safetensors").exists():
-            self._places = dict.fromkeys(
-                self._open("model.safetensors").keys(), "model.safetensors"
-            )
+        if (folder / _SINGLE).exists():
+            self._places = dict.fromkeys(self._open(_SINGLE).names, _SINGLE)
         elif index.exists():
             try:
                 self._places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{index} is no index of weights: {error!r}") from error
         else:
-            raise ModelError(f"{folder} holds neither model.safetensors nor its index")
+            raise ModelError(f"{folder} holds neither {_SINGLE} nor its index")
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor `name` as stored (float32, bfloat16 or float16), a view of the file where the platform maps it."""
+    def files(self) -> list[TensorFile]:
+        """All files that hold tensors, in the order of their names."""
+        return [self._open(name) for name in sorted(set(self._places.values()))]
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[Array, str]:
+        """The tensor `name` as it is stored, a read-only view of the file, and its type: F32, F16 or BF16."""
         if name not in self._places:
             raise ModelError(f"{self._folder}: tensor {name!r} is missing")
-        try:
-            tensor: torch.Tensor = self._open(self._places[name]).get_tensor(name)
-        except SafetensorError as error:  # the index names a shard that does not hold it
-            raise ModelError(f"{self._folder}: tensor {name!r} cannot be read: {error}") from error
-        if tuple(tensor.shape) != shape:
+        file = self._open(self._places[name])
+        if name not in file.names:  # the index names a shard that does not hold it
+            raise ModelError(f"{file.path}: tensor {name!r} is missing")
+        if file.shape(name) != shape:
             raise ModelError(
-                f"{self._folder}: tensor {name!r} has shape {tuple(tensor.shape)}, not {shape}"
+                f"{self._folder}: tensor {name!r} has shape {file.shape(name)}, not {shape}"
             )
-        if tensor.dtype not in _FLOATS:
-            raise ModelError(f"{self._folder}: tensor {name!r} has type {tensor.dtype}, no float")
-        return tensor
+        dtype = file.dtype(name)
+        if dtype not in FLOATS:
+            raise ModelError(f"{self._folder}: tensor {name!r} has type {dtype}, no float")
+        return file.array(name), dtype
 
-    def _open(self, file: str) -> Any:
+    def floats(self, name: str, shape: tuple[int, ...]) -> Floats:
+        """A float32 copy of the tensor `name`."""
+        return as_floats(*self.stored(name, shape))
+
+    def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             path = self._folder / file
             if path.parent != self._folder:
                 raise ModelError(f"{self._folder}: the index names a file outside: {file!r}")
-            try:
-                self._files[file] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise ModelError(f"{path} does not exist") from None
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} is no safetensors file: {error}") from error
+            self._files[file] = TensorFile(path)
         return self._files[file]

@@ -1,50 +1,49 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) and the ways its frequencies are stretched for long contexts.
 
-Angles are computed once, into a table; a step only gathers rows of it, so a row's rotation depends on its position and
-on nothing else. This module must not know layers or the cache.
+Angles are computed once, into a table that grows with the longest sequence; a step only gathers rows of it, so a row's
+rotation depends on its position and on nothing else. This module must not know layers or the cache.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
 from services.worker.flowserve.config import ModelConfig, RopeConfig
+from services.worker.flowserve.quantise import Floats
+
+_CHUNK = 4096  # positions by which the table grows
 
 
 class RotaryTable:
-    """cos and sin of every position of the context, fp32 [context, head_dim] each, scaled as the model wants.
+    """cos and sin of every position so far asked for, scaled as the model wants.
 
-    The two halves of a row repeat each other, except that sin's first half is negated: rotation is then
-    `x * cos + swapped(x) * sin`, three element-wise operations that round alike on every row.
+    Both are kept for one half of a head: x[i] and x[i + head_dim / 2] turn together, by the same angle.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        frequencies, scale = inverse_frequencies(config.rope, config.head_dim, config.context)
-        angles = torch.outer(torch.arange(config.context, dtype=torch.float32), frequencies)
-        cos, sin = angles.cos() * scale, angles.sin() * scale
-        self._cos = torch.cat((cos, cos), dim=-1)
-        self._sin = torch.cat((-sin, sin), dim=-1)
+        self._frequencies, self._scale = inverse_frequencies(
+            config.rope, config.head_dim, config.context
+        )
+        self._cos = np.empty((0, config.head_dim // 2), np.float32)
+        self._sin = self._cos
 
-    def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions int64 [T] -> (cos, sin), each [T, 1, head_dim], to be broadcast over heads."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+    def upto(self, position: int) -> tuple[Floats, Floats]:
+        """(cos, sin), fp32 [at least position + 1, head_dim / 2] each, contiguous. Rows once given never change; the
+        arrays may be others after a later call."""
+        while len(self._cos) <= position:
+            positions = np.arange(len(self._cos), len(self._cos) + _CHUNK, dtype=np.float32)
+            # Angles are rounded as everyone rounds them. Their cosines are taken in double precision, which leaves
+            # next to nothing to this machine's own approximation.
+            angles = np.outer(positions, self._frequencies).astype(np.float64)
+            cos, sin = (np.cos(angles) * self._scale), (np.sin(angles) * self._scale)
+            self._cos = np.concatenate((self._cos, cos.astype(np.float32)))
+            self._sin = np.concatenate((self._sin, sin.astype(np.float32)))
+        return self._cos, self._sin
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, head_dim], cos and sin [T, 1, head_dim] -> x rotated, in the pairs (i, i + head_dim / 2).
-
-    Products and sum are separate calls: a fused multiply-add rounds differently in a vector's tail than in its body,
-    which would let a row's bits depend on its place in the batch.
-    """
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * cos).add_(swapped.mul_(sin))
-
-
-def inverse_frequencies(
-    rope: RopeConfig, head_dim: int, context: int
-) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(rope: RopeConfig, head_dim: int, context: int) -> tuple[Floats, float]:
     """Frequencies fp32 [head_dim / 2], and the factor on cos and sin.
 
     `dynamic` (NTK) stretches only beyond the trained context, which is also the longest that is served: within it, it
@@ -60,13 +59,13 @@ def inverse_frequencies(
     return frequencies, 1.0
 
 
-def _powers(theta: float, head_dim: int) -> torch.Tensor:
+def _powers(theta: float, head_dim: int) -> Floats:
     """theta^(2i / head_dim), fp32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return torch.pow(theta, exponents)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.power(theta, exponents.astype(np.float64)).astype(np.float32)
 
 
-def _llama3(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
+def _llama3(rope: RopeConfig, frequencies: Floats) -> Floats:
     """Long waves are interpolated by `factor`, short ones left alone, those between are blended."""
     scaling = rope.scaling
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -74,11 +73,11 @@ def _llama3(rope: RopeConfig, frequencies: torch.Tensor) -> torch.Tensor:
     waves = 2 * math.pi / frequencies
     smooth = (original / waves - low) / (high - low)
     blended = (1 - smooth) * frequencies / factor + smooth * frequencies
-    stretched = torch.where(waves > original / low, frequencies / factor, blended)
-    return torch.where(waves < original / high, frequencies, stretched)
+    stretched = np.where(waves > original / low, frequencies / factor, blended)
+    return np.where(waves < original / high, frequencies, stretched)
 
 
-def _yarn(rope: RopeConfig, head_dim: int, context: int) -> tuple[torch.Tensor, float]:
+def _yarn(rope: RopeConfig, head_dim: int, context: int) -> tuple[Floats, float]:
     """Interpolates the dimensions that turn fewer than `beta_slow` times in the trained context, keeps those that turn
     more than `beta_fast` times, ramps between, and sharpens attention by the returned factor."""
     scaling = rope.scaling
@@ -96,7 +95,7 @@ def _yarn(rope: RopeConfig, head_dim: int, context: int) -> tuple[torch.Tensor, 
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001  # the ramp must not divide by zero
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     powers = _powers(rope.theta, head_dim)
     frequencies = (1.0 / (factor * powers)) * ramp + (1.0 / powers) * (1 - ramp)
     return frequencies, _yarn_scale(rope, factor)

@@ -1,0 +1,68 @@
+"""What the engine asks of a model, whatever runs it: the rows of a step in, logits out.
+
+Plain data and one protocol, so that scheduler, engine and their tests need no tensor library. This module must not
+know how a decoder computes, nor requests, sampling, or who owns which block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from services.worker.flowserve.config import ModelConfig
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one sequence in a step, at positions start to start + length, and the blocks from 0 to their end."""
+
+    start: int
+    length: int
+    table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step: the rows of all its sequences, one after the other in the order of `spans`.
+
+    `tokens[i]` is the token of row i; `sample_rows` are the rows whose logits are wanted, ascending.
+    """
+
+    tokens: list[int]
+    spans: list[Span]
+    sample_rows: list[int]
+
+
+class Decoder(Protocol):
+    """The weights of one model, its KV cache, and the arithmetic over both. All calls belong to one thread at a time.
+
+    `description` says in a few words what computes ("native avx512, w8a8, 2 threads").
+    `timings` are seconds spent since the start by part ("linears", "attention", ...), empty where nobody measures.
+    """
+
+    config: ModelConfig
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def timings(self) -> dict[str, float]: ...
+
+    def bytes_per_block(self, page: int) -> int:
+        """Memory of one KV block of `page` positions over all layers."""
+        ...
+
+    def allocate(self, num_blocks: int, page: int) -> None:
+        """Make the KV cache: blocks 0 to num_blocks - 1. Called once, before the first `forward`."""
+        ...
+
+    def forward(self, step: StepInput) -> Floats:
+        """Compute the rows of `step`, store their keys and values, and return logits [len(step.sample_rows), vocab],
+        which stay valid until the next call. In `w8a8` a row's logits depend on its own sequence only, bit for bit."""
+        ...
