@@ -121,6 +121,7 @@ class EngineLoop:
             self._call(_resolve, self.ready, engine)
             while not self._stopping:
                 self._turn(engine)
+            engine.close()
         except BaseException as error:
             self._call(self._close, error)
         else:

@@ -1,17 +1,16 @@
-"""An engine over a real tiny model, its clock turned by hand: what the engine's tests are built on."""
+"""An engine, its clock turned by hand, and a client that checks what it hears: what the engine's tests are built on."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
+from services.worker.flowserve.decoder import Decoder
 from services.worker.flowserve.engine import Engine, EngineSettings
-from services.worker.flowserve.kv import KVCache
-from services.worker.flowserve.model import Decoder
 from services.worker.flowserve.outcome import StepOutput
 from shared import blockhash
-from shared.messages import Delta, Request, Sampling
+from shared.messages import Delta, Request, Sampling, TokenLogprobs
 
 PAGE = 16
 ROOT = blockhash.root(b"secret", "tiny")
@@ -53,12 +52,14 @@ def request(
 class Bench:
     """An engine, a clock turned by hand, and what a client saw: output by (request, choice), and its ends."""
 
+    mode: ClassVar[dict[str, Any]] = {}  # how steps are executed; set by the fixture of that name
+
     def __init__(self, decoder: Decoder, *, num_blocks: int = 128, **limits: Any) -> None:
         self.now = 0.0
-        kv = KVCache.allocate(decoder.config, num_blocks=num_blocks, page=PAGE)
-        settings = EngineSettings(num_blocks=num_blocks, page=PAGE, **limits)
-        self.engine = Engine(decoder, kv, settings, eos_ids=[0, 2], clock=lambda: self.now)
+        settings = EngineSettings(num_blocks=num_blocks, page=PAGE, **(self.mode | limits))
+        self.engine = Engine(decoder, settings, eos_ids=[0, 2], clock=lambda: self.now)
         self.ids: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.logprobs: dict[tuple[str, int], list[TokenLogprobs]] = defaultdict(list)
         self.ends: dict[tuple[str, int], Delta] = {}
         self.cached: dict[str, int | None] = {}
         self.finishes: dict[str, str] = {}
@@ -89,6 +90,7 @@ class Bench:
         assert delta.index == len(self.ids[key])
         assert delta.logprobs is None or len(delta.logprobs) == len(delta.ids)
         self.ids[key] += delta.ids
+        self.logprobs[key] += delta.logprobs or []
         if delta.finish is not None:
             self.ends[key] = delta
 

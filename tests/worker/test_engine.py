@@ -1,4 +1,4 @@
-"""The engine over a real tiny model: the life of a request, and its end."""
+"""The engine: the life of a request, and its end."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from services.worker.flowserve.engine import MAX_CHOICES, Engine
-from services.worker.flowserve.kv import KVCache
-from services.worker.flowserve.model import Decoder, StepInput
+from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.engine import Engine
+from services.worker.flowserve.life import MAX_CHOICES
 from shared import blockhash, errors
 from shared.messages import Cancel, Delta, Failure, Replay
+from tests.worker.arithmetic import ArithmeticDecoder
 from tests.worker.bench import GREEDY, PAGE, PROMPT, ROOT, SEEDED, Bench, request
 from tests.worker.tiny import make_tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("mode")
 
 
 # --------------------------------------------------------------------------------------------------- ends of a choice
 
 
-def test_a_choice_ends_at_its_stop_token(decoder: Decoder) -> None:
+def test_a_choice_ends_at_its_stop_token(decoder: ArithmeticDecoder) -> None:
     """The stop token is the last of the ids and is named; before min_tokens it is not drawn."""
     bench = Bench(decoder)
     bench.submit(request("free", **GREEDY))
@@ -40,7 +40,7 @@ def test_a_choice_ends_at_its_stop_token(decoder: Decoder) -> None:
     assert stop not in bench.tokens("later")[:8]
 
 
-def test_end_of_sequence_counts_unless_ignored(decoder: Decoder) -> None:
+def test_end_of_sequence_counts_unless_ignored(decoder: ArithmeticDecoder) -> None:
     """The model's own end ids stop a choice, or not, as asked."""
     bench = Bench(decoder)
     forced = {"logit_bias": {2: 100.0}, "max_tokens": 3, **GREEDY}
@@ -52,7 +52,7 @@ def test_end_of_sequence_counts_unless_ignored(decoder: Decoder) -> None:
     assert (bench.ends["b", 0].finish, bench.ends["b", 0].stop_id) == ("length", None)
 
 
-def test_an_end_token_in_the_prompt_ends_nothing(decoder: Decoder) -> None:
+def test_an_end_token_in_the_prompt_ends_nothing(decoder: ArithmeticDecoder) -> None:
     """A conversation's prompt may end with the very token that ends answers."""
     bench = Bench(decoder)
     bench.submit(request(prompt=[*PROMPT, 2], ignore_eos=False, logit_bias={2: -100.0}))
@@ -60,7 +60,7 @@ def test_an_end_token_in_the_prompt_ends_nothing(decoder: Decoder) -> None:
     assert len(bench.tokens()) == 24
 
 
-def test_a_full_context_ends_a_choice(decoder: Decoder) -> None:
+def test_a_full_context_ends_a_choice(decoder: ArithmeticDecoder) -> None:
     """Prompt and output together stay within the context, here the pool of 6 blocks."""
     bench = Bench(decoder, num_blocks=6)
     assert bench.engine.context == 96
@@ -70,7 +70,7 @@ def test_a_full_context_ends_a_choice(decoder: Decoder) -> None:
     assert bench.finishes["r"] == "length"
 
 
-def test_every_token_has_its_logprobs(decoder: Decoder) -> None:
+def test_every_token_has_its_logprobs(decoder: ArithmeticDecoder) -> None:
     """Each delta brings as many as ids, best first, and a greedy token is the best."""
     bench = Bench(decoder)
     bench.submit(request(logprobs=2, **GREEDY))
@@ -87,7 +87,7 @@ def test_every_token_has_its_logprobs(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 8])
-def test_cancelling_frees_blocks_at_once(decoder: Decoder, num_steps: int) -> None:
+def test_cancelling_frees_blocks_at_once(decoder: ArithmeticDecoder, num_steps: int) -> None:
     """Waiting, in prefill or decoding: the cancel returns the terminal deltas and leaves no live block."""
     bench = Bench(decoder, max_batched_tokens=32, max_num_seqs=2)
     bench.submit(request(n=3))
@@ -105,7 +105,7 @@ def test_cancelling_frees_blocks_at_once(decoder: Decoder, num_steps: int) -> No
     assert bench.finishes == {"r": "cancelled"}
 
 
-def test_one_choice_can_be_cancelled(decoder: Decoder) -> None:
+def test_one_choice_can_be_cancelled(decoder: ArithmeticDecoder) -> None:
     """The others go on to their own ends."""
     bench = Bench(decoder)
     bench.submit(request(n=2, **SEEDED))
@@ -118,7 +118,7 @@ def test_one_choice_can_be_cancelled(decoder: Decoder) -> None:
     assert bench.ends["r", 1].finish == "length"
 
 
-def test_output_past_a_stop_string_is_not_indexed(decoder: Decoder) -> None:
+def test_output_past_a_stop_string_is_not_indexed(decoder: ArithmeticDecoder) -> None:
     """Cancelled with keep, before or after its own end, a choice leaves only whole kept pages in the index."""
     for num_steps in (22, 50):
         bench = Bench(decoder)
@@ -130,7 +130,7 @@ def test_output_past_a_stop_string_is_not_indexed(decoder: Decoder) -> None:
         assert bench.engine.index_snapshot() == blockhash.chain(ROOT, kept, PAGE)
 
 
-def test_a_cancel_may_overtake_its_request(decoder: Decoder) -> None:
+def test_a_cancel_may_overtake_its_request(decoder: ArithmeticDecoder) -> None:
     """What was cancelled before it came is refused; the next attempt is not."""
     bench = Bench(decoder)
     bench.engine.cancel(Cancel(request="r", attempt=1))
@@ -142,7 +142,7 @@ def test_a_cancel_may_overtake_its_request(decoder: Decoder) -> None:
     assert bench.finishes == {"r": "length"}
 
 
-def test_an_old_cancel_does_not_undo_a_newer_one(decoder: Decoder) -> None:
+def test_an_old_cancel_does_not_undo_a_newer_one(decoder: ArithmeticDecoder) -> None:
     """Cancels may change places on their way: the highest attempt counts."""
     bench = Bench(decoder)
     for attempt in (1, 0):
@@ -151,7 +151,7 @@ def test_an_old_cancel_does_not_undo_a_newer_one(decoder: Decoder) -> None:
         bench.engine.submit(request(attempt=1))
 
 
-def test_a_refused_request_ends_too(decoder: Decoder) -> None:
+def test_a_refused_request_ends_too(decoder: ArithmeticDecoder) -> None:
     """One terminal delta for each choice that was to be generated, and the end of the request."""
     bench = Bench(decoder)
     refused = request(n=3, output=[[4], [5, 6]], ended=[0])
@@ -166,7 +166,7 @@ def test_a_refused_request_ends_too(decoder: Decoder) -> None:
     assert bench.finishes == {"r": "failed"}
 
 
-def test_a_silent_client_loses_all_its_requests(decoder: Decoder) -> None:
+def test_a_silent_client_loses_all_its_requests(decoder: ArithmeticDecoder) -> None:
     """Its requests end without a word, those of others go on."""
     bench = Bench(decoder)
     bench.submit(request("a", client="gone"), request("b"), request("c", client="gone"))
@@ -183,7 +183,9 @@ def test_a_silent_client_loses_all_its_requests(decoder: Decoder) -> None:
 # ------------------------------------------------------------------------------------- attempts, replays, deadlines
 
 
-def test_a_repeated_submission_changes_nothing(decoder: Decoder, alone: list[int]) -> None:
+def test_a_repeated_submission_changes_nothing(
+    decoder: ArithmeticDecoder, alone: list[int]
+) -> None:
     """The same attempt again, early, late or after the end, is the same request."""
     bench = Bench(decoder)
     one = request(max_tokens=2)
@@ -197,7 +199,7 @@ def test_a_repeated_submission_changes_nothing(decoder: Decoder, alone: list[int
 
 
 def test_a_newer_attempt_replaces_an_older_one(
-    decoder: Decoder, kind: dict[str, Any], alone: list[int]
+    decoder: ArithmeticDecoder, kind: dict[str, Any], alone: list[int]
 ) -> None:
     """The old attempt ends as cancelled, the new one goes on from the tokens given; the old cannot come back."""
     bench = Bench(decoder)
@@ -219,7 +221,7 @@ def test_a_newer_attempt_replaces_an_older_one(
         bench.engine.submit(old)
 
 
-def test_what_is_already_complete_ends_at_once(decoder: Decoder) -> None:
+def test_what_is_already_complete_ends_at_once(decoder: ArithmeticDecoder) -> None:
     """A resubmission with nothing left to generate gets its end; ended choices are not touched."""
     bench = Bench(decoder)
     given = [[5] * 4, [5, 2], [5]]
@@ -235,7 +237,7 @@ def test_what_is_already_complete_ends_at_once(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 60])
-def test_a_replay_returns_what_was_sent(decoder: Decoder, num_steps: int) -> None:
+def test_a_replay_returns_what_was_sent(decoder: ArithmeticDecoder, num_steps: int) -> None:
     """From any position, while it runs and after the end: the same ids, logprobs and end."""
     bench = Bench(decoder)
     bench.submit(request(n=2, logprobs=1, **SEEDED))
@@ -255,7 +257,7 @@ def test_a_replay_returns_what_was_sent(decoder: Decoder, num_steps: int) -> Non
         assert {delta.choice for delta in replayed} == with_more
 
 
-def test_a_replay_starts_where_this_engine_started(decoder: Decoder) -> None:
+def test_a_replay_starts_where_this_engine_started(decoder: ArithmeticDecoder) -> None:
     """Tokens that came with a resubmission are the client's own and are not sent again."""
     bench = Bench(decoder)
     bench.submit(request(attempt=1, output=[[5, 6, 7]], max_tokens=5, logprobs=0))
@@ -266,7 +268,7 @@ def test_a_replay_starts_where_this_engine_started(decoder: Decoder) -> None:
     assert len(delta.logprobs) == 2
 
 
-def test_only_what_is_known_is_replayed(decoder: Decoder) -> None:
+def test_only_what_is_known_is_replayed(decoder: ArithmeticDecoder) -> None:
     """Another attempt, an unknown request, and one that ended too long ago are not found."""
     bench = Bench(decoder)
     bench.submit(request(max_tokens=1))
@@ -281,7 +283,7 @@ def test_only_what_is_known_is_replayed(decoder: Decoder) -> None:
         bench.engine.replay(Replay(request="r", attempt=0, have=[0]))
 
 
-def test_a_deadline_ends_a_request(decoder: Decoder) -> None:
+def test_a_deadline_ends_a_request(decoder: ArithmeticDecoder) -> None:
     """Past it every live choice fails, running or waiting; the rest of the batch goes on."""
     bench = Bench(decoder, max_num_seqs=2)
     bench.submit(request("late", n=3, deadline_ms=500), request("fine"))
@@ -333,7 +335,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "param"), BAD)
 def test_what_can_never_run_is_refused(
-    decoder: Decoder, fields: dict[str, Any], param: str
+    decoder: ArithmeticDecoder, fields: dict[str, Any], param: str
 ) -> None:
     """The refusal names the field, and the engine is as before."""
     bench = Bench(decoder, num_blocks=256)
@@ -343,7 +345,7 @@ def test_what_can_never_run_is_refused(
     assert not bench.engine.has_work()
 
 
-def test_hashes_of_another_page_size_are_refused(decoder: Decoder) -> None:
+def test_hashes_of_another_page_size_are_refused(decoder: ArithmeticDecoder) -> None:
     """More hashes than full pages cannot be of this engine's pages."""
     bench = Bench(decoder)
     one = replace(request(), hashes=blockhash.chain(ROOT, PROMPT, 8))
@@ -352,24 +354,9 @@ def test_hashes_of_another_page_size_are_refused(decoder: Decoder) -> None:
     assert refusal.value.param == "hashes"
 
 
-class Faulty:
-    """A decoder that fails once, at the step it is told."""
-
-    def __init__(self, decoder: Decoder, step: int) -> None:
-        self.config = decoder.config
-        self._decoder = decoder
-        self._steps_left = step
-
-    def forward(self, step: StepInput, kv: KVCache) -> torch.Tensor:
-        self._steps_left -= 1
-        if self._steps_left == 0:
-            raise FloatingPointError("a fault of the device")
-        return self._decoder.forward(step, kv)
-
-
-def test_a_step_that_fails_ends_its_sequences_only(decoder: Decoder, alone: list[int]) -> None:
+def test_a_step_that_fails_ends_its_sequences_only(tiny_config: ModelConfig) -> None:
     """The fault is reported, the step's choices fail, what waited is served, the ledger balances."""
-    bench = Bench(Faulty(decoder, 3), max_num_seqs=1)  # type: ignore[arg-type]
+    bench = Bench(ArithmeticDecoder(tiny_config, faults=(3,)), max_num_seqs=1)
     bench.submit(request("hit"), request("waits", max_tokens=3))
     outputs = []
     while bench.engine.has_work():
@@ -387,7 +374,7 @@ def test_a_step_that_fails_ends_its_sequences_only(decoder: Decoder, alone: list
 # ------------------------------------------------------------------------------------------------------ introspection
 
 
-def test_load_tells_what_is_left_to_do(decoder: Decoder) -> None:
+def test_load_tells_what_is_left_to_do(decoder: ArithmeticDecoder) -> None:
     """Slots, blocks and predicted work, growing with what is submitted and gone when it is done."""
     bench = Bench(decoder, max_num_seqs=2)
     idle = bench.engine.load()

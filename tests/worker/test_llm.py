@@ -13,7 +13,6 @@ from shared import errors
 from shared.messages import Sampling
 from tests.worker.tiny import make_tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 40}
 
 
@@ -22,9 +21,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> FlowServe:
-    return FlowServe(folder, kv_tokens=4096)
+@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+def llm(folder: Path, request: pytest.FixtureRequest) -> FlowServe:
+    cache_dir = folder.parent / "cache"
+    return FlowServe(
+        folder, kv_tokens=4096, threads=1, cache_dir=cache_dir, asynchronous=request.param
+    )
 
 
 def bare(outputs: list[Output]) -> list[list[int]]:

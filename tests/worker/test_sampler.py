@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.worker.flowserve.decoder import Floats
 from services.worker.flowserve.noise import uniform
-from services.worker.flowserve.sampler import Row, draw_token, invert, sample
+from services.worker.flowserve.sampler import Row, draw_token, invert, sample, sample_drafts
 from shared.messages import Sampling
 
 VOCAB = 64
@@ -32,27 +32,35 @@ def row(
     return Row(sampling, choice, prompt, output, stop_ids=stop_ids, vocab=vocab)
 
 
-def logits(num_rows: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3) -> torch.Tensor:
-    return torch.randn(num_rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+def logits(num_rows: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3) -> Floats:
+    return np.random.default_rng(seed).standard_normal((num_rows, vocab), np.float32) * np.float32(
+        scale
+    )
 
 
-def reference(x: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def softmax(x: Floats) -> Floats:
+    """In double precision."""
+    weights = np.exp(x.astype(np.float64) - x.max())
+    return weights / weights.sum()
+
+
+def reference(x: Floats, sampling: Sampling) -> Floats:
     """The distribution that vLLM's order of operations leaves: temperature, min_p, top_k, top_p."""
-    x = x.double() / sampling.temperature
-    probs = x.softmax(-1)
-    x = x.masked_fill(probs < sampling.min_p * probs.max(), -torch.inf)
+    x = x.astype(np.float64) / sampling.temperature
+    probs = softmax(x)
+    x[probs < sampling.min_p * probs.max()] = -np.inf
     if 0 < sampling.top_k < len(x):
-        x = x.masked_fill(x < x.sort().values[-sampling.top_k], -torch.inf)
-    ordered, order = x.sort(stable=True)
-    masked = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p + 1e-12
+        x[x < np.sort(x)[-sampling.top_k]] = -np.inf
+    order = np.argsort(x, kind="stable")
+    masked = softmax(x[order]).cumsum() <= 1 - sampling.top_p + 1e-12
     masked[-1] = False
-    x[order[masked]] = -torch.inf
-    return x.softmax(-1)
+    x[order[masked]] = -np.inf
+    return softmax(x)
 
 
 def test_greedy_takes_the_likeliest_and_the_lowest_of_equals() -> None:
     """Temperature 0 is argmax, with ties broken by id."""
-    x = torch.zeros(3, VOCAB)
+    x = np.zeros((3, VOCAB), np.float32)
     x[1, 40] = x[1, 30] = 2
     x[2, 63] = 1
     rows = [row(temperature=0) for _ in range(3)]
@@ -75,8 +83,8 @@ def test_a_draw_inverts_the_reference_distribution(
     x = logits(1, seed=seed, scale=scale)
     one = row(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     probs = reference(x[0], one.sampling)
-    cdf = probs.cumsum(-1)
-    token = draw_token(x[0].numpy(), one)
+    cdf = probs.cumsum()
+    token = draw_token(x[0], one)
     noise = uniform(seed, 0, 0)
     before = float(cdf[token] - probs[token])
     slack = 1e-5
@@ -84,7 +92,7 @@ def test_a_draw_inverts_the_reference_distribution(
     assert before - slack <= noise <= float(cdf[token]) + slack or _is_at_an_edge(x[0], one, slack)
 
 
-def _is_at_an_edge(x: torch.Tensor, one: Row, slack: float) -> bool:
+def _is_at_an_edge(x: Floats, one: Row, slack: float) -> bool:
     """Whether a hair's change of top_p or min_p changes the reference's support."""
     s = one.sampling
     supports = set()
@@ -101,19 +109,48 @@ def _is_at_an_edge(x: torch.Tensor, one: Row, slack: float) -> bool:
     return len(supports) > 1
 
 
-def test_draws_follow_the_distribution() -> None:
-    """Over many positions the frequencies are the probabilities."""
-    x = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    one = row(vocab=4, stop_ids=(), temperature=1.0)
-    drawn = Counter(sample(x, [one])[0].token for _ in range(4000))
-    for token, prob in enumerate(x[0].softmax(-1).tolist()):
-        assert abs(drawn[token] / 4000 - prob) < 0.025
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.6},
+        {"temperature": 1.3, "top_k": 8},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.5, "min_p": 0.1},
+        {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    ],
+)
+def test_draws_follow_the_exact_distribution(fields: dict[str, Any]) -> None:
+    """A chi-squared test of 4,000 positions against the exact softmax; what was cut off is never drawn."""
+    x, num_draws = logits(1, seed=7, scale=1.5), 4000
+    one = row(stop_ids=(), **fields)
+    drawn = Counter(sample(x, [one])[0].token for _ in range(num_draws))
+    probs = reference(x[0], one.sampling)
+    assert all(probs[token] > 0 for token in drawn)
+    # Cells expected fewer than five times are one cell together.
+    expected, seen, rare = [], [], [0.0, 0.0]
+    for token in range(VOCAB):
+        if probs[token] * num_draws >= 5:
+            expected.append(probs[token] * num_draws)
+            seen.append(drawn[token])
+        else:
+            rare[0] += probs[token] * num_draws
+            rare[1] += drawn[token]
+    if rare[0] >= 5:
+        expected.append(rare[0])
+        seen.append(int(rare[1]))
+    assert len(expected) >= 5
+    statistic = sum((s - e) ** 2 / e for s, e in zip(seen, expected, strict=True))
+    # Wilson and Hilferty's approximation of the 0.999 quantile; the noise is fixed, so this never wavers.
+    freedom = len(expected) - 1
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert statistic < quantile
 
 
 def test_top_k_keeps_what_equals_the_last_one() -> None:
     """Ties at the cut stay in, as in vLLM."""
-    x = torch.full((1, VOCAB), -5.0)
-    x[0, :4] = torch.tensor([3.0, 2.0, 2.0, 1.0])
+    x = np.full((1, VOCAB), -5.0, np.float32)
+    x[0, :4] = [3.0, 2.0, 2.0, 1.0]
     one = row(top_k=2, temperature=1.5)
     assert {sample(x, [one])[0].token for _ in range(300)} == {0, 1, 2}
 
@@ -127,8 +164,8 @@ def test_top_p_always_keeps_one() -> None:
 
 def test_penalties_follow_the_definition() -> None:
     """Repetition over prompt and output, by sign; frequency and presence over output only."""
-    x = torch.zeros(1, VOCAB)
-    x[0, 1:6] = torch.tensor([6.0, -6.0, 5.0, 4.0, 3.5])
+    x = np.zeros((1, VOCAB), np.float32)
+    x[0, 1:6] = [6.0, -6.0, 5.0, 4.0, 3.5]
     one = row((1,), (3, 4), temperature=0, repetition_penalty=1.1)
     assert sample(x, [one])[0].token == 1  # 5.45 against 4.55, 3.64, 3.5
     one = row((1,), (3, 4), temperature=0, repetition_penalty=2.0)
@@ -143,7 +180,7 @@ def test_penalties_follow_the_definition() -> None:
 
 def test_a_negative_logit_is_made_more_negative_by_repetition() -> None:
     """The penalty divides positive and multiplies negative logits."""
-    x = torch.full((1, 4), -2.0)
+    x = np.full((1, 4), -2.0, np.float32)
     x[0, 1] = -1.9
     assert sample(x, [row((1,), (), vocab=4, temperature=0, repetition_penalty=1.5)])[0].token == 0
 
@@ -167,12 +204,12 @@ def test_logit_bias_can_force_and_ban() -> None:
     assert result.token == 9
     assert result.logprobs is not None
     assert result.logprobs.top_ids == [int(x.argmax())]
-    assert result.logprobs.logprob == pytest.approx(float(x[0].log_softmax(-1)[9]), abs=1e-5)
+    assert result.logprobs.logprob == pytest.approx(np.log(softmax(x[0])[9]), abs=1e-5)
 
 
 def test_no_choice_ends_before_min_tokens() -> None:
     """Stop ids are masked until enough tokens are out, then allowed."""
-    x = torch.zeros(1, VOCAB)
+    x = np.zeros((1, VOCAB), np.float32)
     x[0, 0] = 10
     x[0, 7] = 9
     one = row(temperature=0, min_tokens=2, stop_ids=(0, 7))
@@ -184,18 +221,18 @@ def test_logprobs_are_those_of_the_model(num_top: int) -> None:
     """Natural logs of the untempered distribution, best first, whatever the sampling."""
     x = logits(4, seed=3)
     results = sample(x, [row(logprobs=num_top, temperature=0.3, top_k=5) for _ in range(4)])
-    expected = x.double().log_softmax(-1)
-    for result, wanted in zip(results, expected, strict=True):
+    for result, values in zip(results, x, strict=True):
         assert result.logprobs is not None
-        top = wanted.topk(num_top)
-        assert result.logprobs.top_ids == top.indices.tolist()
-        np.testing.assert_allclose(result.logprobs.top_logprobs, top.values, atol=1e-5)
+        wanted = np.log(softmax(values))
+        top = np.argsort(-wanted, kind="stable")[:num_top]
+        assert result.logprobs.top_ids == top.tolist()
+        np.testing.assert_allclose(result.logprobs.top_logprobs, wanted[top], atol=1e-5)
         assert result.logprobs.logprob == pytest.approx(float(wanted[result.token]), abs=1e-5)
 
 
 def test_logprobs_reach_beyond_what_can_be_drawn() -> None:
     """Tokens whose probability is below the smallest number are listed all the same, in order."""
-    x = torch.arange(VOCAB).float().mul(-40)[None]
+    x = np.arange(VOCAB, dtype=np.float32)[None] * -40
     result = sample(x, [row(temperature=0.1, top_k=10, logprobs=9)])[0]
     assert result.token == 0
     assert result.logprobs is not None
@@ -223,16 +260,34 @@ def test_a_row_does_not_depend_on_its_batch_mates(num_rows: int) -> None:
         ]
 
     together = sample(x, fresh())
-    alone = [sample(x[i : i + 1].clone(), [one])[0] for i, one in enumerate(fresh())]
+    alone = [sample(x[i : i + 1].copy(), [one])[0] for i, one in enumerate(fresh())]
     assert together == alone
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"temperature": 1.2, "frequency_penalty": 1.0, "logprobs": 1}]
+)
+def test_guesses_bring_the_tokens_that_come_without(fields: dict[str, Any]) -> None:
+    """Right guesses bring one more token each, the first wrong one none of those behind it; penalties see each."""
+    x = logits(5)
+    one = row(**fields)
+    truth = [sample(x[i : i + 1], [one])[0] for i in range(5)]
+    right = [result.token for result in truth[:4]]
+    for num_right in range(5):
+        draft = right[:num_right] + [(token + 1) % VOCAB for token in right[num_right:]]
+        one, other = row(**fields), row(temperature=0)
+        run, beside = sample_drafts(np.concatenate((x, x[:1])), [one, other], [draft, ()])
+        assert run == truth[: num_right + 1]
+        assert one.num_output == num_right + 1
+        assert [result.token for result in beside] == [int(x[0].argmax())]
 
 
 def test_sampling_leaves_the_logits_as_they_were() -> None:
     """Penalties and bias work on a copy."""
     x = logits(1)
-    before = x.clone()
+    before = x.copy()
     sample(x, [row(output=(3,), logit_bias={1: 5.0}, repetition_penalty=1.5, presence_penalty=1)])
-    assert torch.equal(x, before)
+    assert np.array_equal(x, before)
 
 
 @settings(max_examples=200, deadline=None)

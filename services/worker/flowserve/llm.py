@@ -64,7 +64,8 @@ class Piece:
 class FlowServe:
     """A loaded model. `model` is a name that `deepflow pull` knows, or a folder in Hugging Face form.
 
-    The KV cache holds `kv_tokens` tokens, or as many as fit `kv_bytes`.
+    The KV cache holds `kv_tokens` tokens, or as many as fit `kv_bytes`; what is left out of `threads`, `cache_dir` and
+    `kernels` is as in `load_decoder`, and `asynchronous` and `speculation` are those of `EngineSettings`.
     Raises ModelNotFound for an unknown name; what is wrong with a folder otherwise.
     """
 
@@ -77,6 +78,11 @@ class FlowServe:
         kv_bytes: int = 1 << 30,
         max_num_seqs: int = 64,
         max_batched_tokens: int = 256,
+        threads: int | None = None,
+        cache_dir: Path | None = None,
+        kernels: str | None = None,
+        asynchronous: bool = False,
+        speculation: int = 0,
     ) -> None:
         folder = _folder_of(model)
         self.tokenizer = Tokenizer.load(folder)
@@ -88,6 +94,11 @@ class FlowServe:
             kv_bytes=kv_bytes,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
+            threads=threads,
+            cache_dir=cache_dir,
+            kernels=kernels,
+            asynchronous=asynchronous,
+            speculation=speculation,
         )
         # The cache lives and dies with this object.
         self._root = blockhash.root(secrets.token_bytes(32))
@@ -238,10 +249,10 @@ class _Stream:
             if delta.choice not in self._choices:
                 continue  # the end of a choice that a stop string has ended already
             piece = self._piece(delta)
-            num_output[delta.choice] += len(delta.ids)
+            num_output[delta.choice] += len(piece.ids)
             if piece.finish is not None:
                 del self._choices[delta.choice]
-                if delta.finish is None:
+                if piece.finish != delta.finish or len(piece.ids) < len(delta.ids):
                     self._llm._cancel(self._name, delta.choice, num_output[delta.choice])
             yield piece
 
@@ -260,10 +271,19 @@ class _Stream:
         return outputs
 
     def _piece(self, delta: Delta) -> Piece:
-        """The text of a delta (one token per step), as far as it can be shown; a stop token is not part of it."""
+        """The text of a delta, as far as it can be shown; a stop token is not part of it.
+
+        A delta may bring several tokens: those past the one that completes a stop string do not count.
+        """
         detokenizer, stopper = self._choices[delta.choice]
+        text, hit, num_ids = "", None, len(delta.ids)
         shown = delta.ids if delta.stop_id is None else delta.ids[:-1]
-        text, hit = stopper.push("".join(detokenizer.push(token) for token in shown))
+        for index, token in enumerate(shown):
+            more, hit = stopper.push(detokenizer.push(token))
+            text += more
+            if hit is not None:
+                num_ids = index + 1
+                break
         if hit is None and delta.finish is not None:
             last, hit = stopper.push(detokenizer.finish())
             text += last
@@ -272,10 +292,10 @@ class _Stream:
         return Piece(
             choice=delta.choice,
             text=text,
-            ids=delta.ids,
+            ids=delta.ids[:num_ids],
             finish=delta.finish if hit is None else "stop",
             stop=delta.stop_id if hit is None else hit,
-            logprobs=delta.logprobs,
+            logprobs=None if delta.logprobs is None else delta.logprobs[:num_ids],
             num_cached=delta.cached,
         )
 

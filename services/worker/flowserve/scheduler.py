@@ -1,9 +1,20 @@
 """Which tokens to compute next: continuous batching under a token budget.
 
 There is no prefill phase and no decode phase. Every sequence has known and computed tokens, and a step hands out a
-budget of rows until the two meet; chunked prefill, prefix hits, preemption and resubmission are all the same case,
-"known but not computed" (the idea of vLLM's second scheduler). `schedule` decides and returns a value, `update` applies
-what the device made of it. This module must not know the device, the bus or the clock.
+budget of rows until the two meet; chunked prefill, prefix hits, preemption, resubmission and speculation are all the
+same case, "known (or guessed) but not computed" (the idea of vLLM's second scheduler). `schedule` decides and returns a
+value, `update` applies what the device made of it. Between the two lie the steps on their way: a step may be planned
+while the one before it runs, on the number of tokens that one will bring, whatever they are. This module must not know
+the device, the bus or the clock.
+
+Blocks are given back and handed out again at once, also while a step on its way still writes to them. That is safe:
+1. Steps run one after the other, in the order in which they were planned.
+2. A row writes only to a block that its sequence alone holds and that is not indexed: matched blocks hold full pages
+   before the first row computed, and a page is indexed only once the step that completed it was applied.
+3. A new owner's rows are planned later, so they run later, and every cell it reads is one that it wrote itself or that
+   belongs to a page matched in the index.
+So a late row (of a sequence that was cancelled or found to have ended) writes to cells that nobody reads before the new
+owner has written them. A preemption keeps what was computed, so it waits until no step is on its way.
 """
 
 from __future__ import annotations
@@ -12,6 +23,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 from services.worker.flowserve.blocks import BlockPool
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
@@ -20,17 +32,18 @@ from shared.messages import Failure
 by_age = attrgetter("order")
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Rows of one sequence in one step: `length` tokens from position `start`.
 
-    `samples`: the chunk reaches the last known token, so its last row gives the next one.
+    `samples`: the chunk reaches the last known token, so its last row gives the next one. With a `draft`, the guesses
+    are the last of its rows, and each of them samples too.
     """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
+    draft: list[int] | tuple[()] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +53,26 @@ class StepPlan:
     chunks: list[Chunk]
 
     @property
+    def num_rows(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
     def num_decodes(self) -> int:
-        return sum(chunk.length == 1 for chunk in self.chunks)
+        """Rows of decoding sequences, their guesses included."""
+        return sum(c.length for c in self.chunks if c.length == 1 + len(c.draft))
 
     @property
     def num_prefill_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks if chunk.length > 1)
+        return sum(c.length for c in self.chunks if c.length > 1 + len(c.draft))
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether some sequence may get more than one token."""
+        return any(chunk.draft for chunk in self.chunks)
 
     @property
     def sampled(self) -> list[Sequence]:
-        """The sequences that get a token, in the order `update` wants them."""
+        """The sequences that get tokens, in the order `update` wants them."""
         return [chunk.sequence for chunk in self.chunks if chunk.samples]
 
 
@@ -64,7 +87,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, *, page: int, max_num_seqs: int, max_batched_tokens: int
+        self,
+        pool: BlockPool,
+        *,
+        page: int,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_draft: int = 0,
+        max_draft_rows: int = 0,
     ) -> None:
         if not 0 < max_num_seqs <= max_batched_tokens:
             raise ValueError("needs 0 < max_num_seqs <= max_batched_tokens")
@@ -72,12 +102,16 @@ class Scheduler:
         self.page = page
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
+        self.max_draft = max_draft  # guesses for one sequence; 0: no speculation
+        self.max_draft_rows = max_draft_rows  # rows of a step that has guesses among them
         self.running: list[Sequence] = []  # oldest first
         self.waiting: list[Sequence] = []  # oldest first
         self.held: dict[SequenceGroup, list[Sequence]] = {}
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # known tokens at admission
         self.num_hit_tokens = 0  # those of them found in the index
+        self.num_guessed_tokens = 0
+        self.num_right_tokens = 0  # guesses that were sampled
 
     def add(self, group: SequenceGroup) -> None:
         """Take in a group. Its first choice goes ahead; the others are held until the prompt is computed, then find
@@ -87,28 +121,76 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------------- decide
 
-    def schedule(self) -> StepPlan:
-        """The next step: all decodes, then running prefills, then admissions, each oldest first."""
+    def schedule(self, *, ahead: bool = False) -> StepPlan:
+        """The next step: all decodes, then running prefills, then admissions, each oldest first.
+
+        `ahead`: a step is on its way. Then the plan is empty where going on would take a preemption or guesses, both
+        of which want its result first.
+        """
+        if ahead and (self._num_blocks_due() > self.pool.num_available or self._may_guess()):
+            return StepPlan([])
         chunks: list[Chunk] = []
         budget = self.max_batched_tokens
         num_preemptions = self.num_preemptions
+        prefills: list[Sequence] = []
         for sequence in self.running.copy():
-            if sequence.num_remaining == 1 and self._reserve(sequence):
+            if sequence.is_complete:
+                continue
+            if sequence.num_remaining > 1:
+                prefills.append(sequence)
+            elif self._reserve(sequence):
                 chunks.append(_chunk(sequence, 1))
                 budget -= 1
-        for sequence in self.running:
-            if sequence.num_remaining > 1 and budget:
+        num_going = len(chunks) + len(prefills)
+        for sequence in prefills:
+            if budget and sequence.status is Status.RUNNING:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].length
         # Blocks just taken from someone are not for newcomers.
         can_admit = num_preemptions == self.num_preemptions
-        while can_admit and budget and self.waiting and len(self.running) < self.max_num_seqs:
+        while can_admit and budget and self.waiting and num_going < self.max_num_seqs:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
             chunks.append(_chunk(sequence, budget))
+            num_going += 1
             budget -= chunks[-1].length
+        if self.max_draft and not ahead:
+            self._add_drafts(chunks, budget)
         return StepPlan(chunks)
+
+    def _num_blocks_due(self) -> int:
+        """Blocks that the next rows of all decoding sequences take."""
+        page = self.page
+        return sum(
+            s.num_remaining == 1 and len(s.table) * page < s.num_expected and not s.is_complete
+            for s in self.running
+        )
+
+    def _may_guess(self) -> bool:
+        """Whether some sequence is likely to have guesses for the step after the one on its way."""
+        return 0 < len(self.running) < self.max_draft_rows * bool(self.max_draft) and any(
+            sequence.speculator.has_match(sequence.tokens) for sequence in self.running
+        )
+
+    def _add_drafts(self, chunks: list[Chunk], budget: int) -> None:
+        """Extend decodes by guesses, while further rows cost little: in a small step without prompts.
+
+        Guesses take blocks only where there are some to spare, so they preempt nobody.
+        """
+        num_spare = min(budget, self.max_draft_rows - len(chunks))
+        if num_spare <= 0 or any(chunk.length > 1 for chunk in chunks):
+            return
+        for index, (sequence, start, *_) in enumerate(chunks):
+            limit = min(self.max_draft, num_spare, sequence.max_known - sequence.num_known - 1)
+            draft = sequence.speculator.propose(sequence.tokens, limit)
+            while draft and len(sequence.table) * self.page < sequence.num_known + len(draft):
+                if not self.pool.append_block(sequence.table):
+                    del draft[len(sequence.table) * self.page - sequence.num_known :]
+                    break
+            if draft:
+                chunks[index] = Chunk(sequence, start, 1 + len(draft), samples=True, draft=draft)
+                num_spare -= len(draft)
 
     def _reserve(self, sequence: Sequence) -> bool:
         """A block for the token about to be computed; False if the sequence had to give way itself.
@@ -116,7 +198,7 @@ class Scheduler:
         Decodes are visited oldest first, so a victim, being the youngest, is never in the plan yet.
         """
         while sequence.status is Status.RUNNING:
-            if len(sequence.table) * self.page >= sequence.num_known:
+            if len(sequence.table) * self.page >= sequence.num_expected:
                 return True
             if not self.pool.append_block(sequence.table):
                 self._preempt(self.running[-1])
@@ -135,7 +217,7 @@ class Scheduler:
         sequence.status = Status.RUNNING
         sequence.table = matched + rest
         sequence.num_indexed = len(matched)
-        sequence.num_computed = len(matched) * self.page
+        sequence.num_computed = sequence.num_planned = len(matched) * self.page
         self.num_queried_tokens += sequence.num_known
         self.num_hit_tokens += sequence.num_computed
         if sequence.group.num_cached is None:
@@ -147,30 +229,67 @@ class Scheduler:
         self.running.remove(sequence)
         self._index(sequence, sequence.num_computed)
         self._give_back(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_planned = 0
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=by_age)
         self.num_preemptions += 1
 
     # --------------------------------------------------------------------------------------------------- apply
 
-    def update(self, plan: StepPlan, tokens: Iterable[int]) -> None:
-        """Apply a computed plan; `tokens` are the sampled ones, in the order of `plan.sampled`.
+    def update(self, plan: StepPlan, tokens: Iterable[list[int]]) -> list[int]:
+        """Apply the oldest plan on its way, now computed; `tokens` are the sampled ones of each of `plan.sampled`.
 
-        Prompt pages are indexed as soon as they are computed, output pages when the choice ends: only then is it
-        known how many of its tokens count.
+        Returns how many of each count: what comes after an end does not. Prompt pages are indexed as soon as they are
+        computed, output pages when the choice ends: only then is it known how many of its tokens count.
         """
         sampled = iter(tokens)
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            sequence.num_computed += chunk.length
-            self._index(sequence, min(sequence.num_computed, sequence.num_prompt))
-            if sequence.num_computed >= sequence.num_prompt:
-                self._release(sequence.group)
-            if chunk.samples:
-                sequence.append(next(sampled))
+        counts: list[int] = []
+        for sequence, start, length, samples, draft in plan.chunks:
+            new = next(sampled) if samples else []
+            if sequence.status is not Status.RUNNING:  # it ended while this step was on its way
+                if samples:
+                    counts.append(0)
+                continue
+            if not samples:
+                sequence.num_computed += length
+                self._prompt_computed(sequence, start)
+                continue
+            sequence.num_coming -= 1
+            if draft:
+                self._learn(sequence, draft, len(new) - 1)
+            num_known = sequence.num_known
+            for token in new:
+                sequence.append(token)
                 if sequence.finish is not None:
-                    self.end(sequence, sequence.finish)
+                    break
+            counts.append(sequence.num_known - num_known)
+            # Of the guesses' rows, those that were right have written what the tokens appended would have.
+            sequence.num_computed += length - len(draft) + counts[-1] - 1
+            if draft:
+                sequence.num_planned = sequence.num_computed
+            self._prompt_computed(sequence, start)
+            if sequence.finish is not None:
+                self.end(sequence, sequence.finish)
+        return counts
+
+    def undo(self, plan: StepPlan) -> None:
+        """Take back the only plan on its way, which was not computed: its live sequences are as if never planned."""
+        for chunk in plan.chunks:
+            if chunk.sequence.status is Status.RUNNING:
+                chunk.sequence.num_planned = chunk.sequence.num_computed
+                chunk.sequence.num_coming = 0
+
+    def _prompt_computed(self, sequence: Sequence, start: int) -> None:
+        """Index what was computed of a prompt from `start` on; once that is all of it, the other choices may go."""
+        if start < sequence.num_prompt:
+            self._index(sequence, min(sequence.num_computed, sequence.num_prompt))
+        if self.held and sequence.num_computed >= sequence.num_prompt:
+            self._release(sequence.group)
+
+    def _learn(self, sequence: Sequence, draft: list[int] | tuple[()], num_right: int) -> None:
+        self.num_guessed_tokens += len(draft)
+        self.num_right_tokens += num_right
+        sequence.speculator.observe(sequence.num_known + num_right + 1, len(draft), num_right)
 
     def end(
         self,
@@ -234,5 +353,10 @@ class Scheduler:
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    length = min(budget, sequence.num_remaining)
-    return Chunk(sequence, sequence.num_computed, length, samples=length == sequence.num_remaining)
+    """The next rows of a sequence, up to `budget`, which count as planned from here on."""
+    remaining = sequence.num_remaining
+    start, length = sequence.num_planned, min(budget, remaining)
+    sequence.num_planned += length
+    samples = length == remaining
+    sequence.num_coming += samples
+    return Chunk(sequence, start, length, samples)

@@ -3,10 +3,13 @@
 A sequence owns its tokens and its block table and knows when its tokens end it. It must not know budgets, pools or
 devices.
 
-    tokens    [ prompt ............................ | output ........ ]
+    tokens    [ prompt ............................ | output ........ ]  ( coming )
     positions 0                     num_prompt ^            num_known ^
+    planned   [ computed once the steps on their way are done ) num_planned
     computed  [ keys and values are in the blocks ) num_computed
     indexed   [ offered to the prefix index ) num_indexed pages
+
+With no step on its way, planned is computed and nothing is coming.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 
 from services.worker.flowserve.sampler import Row
+from services.worker.flowserve.speculation import Speculator
 from shared import blockhash
 from shared.messages import Failure, Request, TokenLogprobs
 
@@ -41,12 +45,18 @@ class Sequence:
         self.tokens = group.request.prompt + output
         self.max_known = min(self.num_prompt + self.sampling.max_tokens, group.context)
         self.num_computed = 0
+        self.num_planned = 0
+        self.num_coming = 0  # tokens that steps on their way will sample, at the least
+        self.slot = 0  # which of the samples of the step on its way is its own
         self.table: list[int] = []
         self.hashes = list(group.request.hashes)  # of the first full pages, as far as anyone asked
         self.num_indexed = 0
         self.status = Status.HELD
         self.row: Row | None = None  # the sampler's history, from the first sampled token on
+        self.speculator = Speculator()
         self.logprobs: list[TokenLogprobs] = []  # of the tokens after `num_given`, where wanted
+        # Whose it is, in the ledger.
+        self.name = f"{group.request.request}#{group.request.attempt}/{choice}"
         self.finish: str | None = None
         self.stop_id: int | None = None
         self.failure: Failure | None = None
@@ -60,9 +70,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_expected(self) -> int:
+        """Tokens known once the steps on their way are done."""
+        return len(self.tokens) + self.num_coming
+
+    @property
     def num_remaining(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        """Tokens to plan before the next one can be sampled."""
+        return len(self.tokens) + self.num_coming - self.num_planned
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the steps on their way bring its last token, whatever that will be."""
+        return len(self.tokens) + self.num_coming >= self.max_known
 
     def append(self, token: int) -> None:
         """Take the next output token."""
