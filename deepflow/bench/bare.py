@@ -1,30 +1,20 @@
 """The bare engine, both ends: FlowServe as a library in a process of its own, told over a pipe what to generate.
 
 This is what the platform is compared with: the same model, settings, threads and prompts, from text to text, with no
-bus, no HTTP and nobody else in the process. One line of JSON in, one line of JSON out; the clock is the child's own.
-It must not know what is compared.
+bus, no HTTP and nobody else in the process. It must not know what is compared.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import sys
 import time
-from asyncio import subprocess
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any
 
-import orjson
-
+from deepflow.bench.child import Child, conversation
 from services.worker.settings import WorkerSettings, compute_env
-from shared.errors import Unavailable
-
-_LINE_BYTES: Final = 1 << 26
-_STOP_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,90 +67,44 @@ class Run:
 class BareEngine:
     """The parent's end; make it with `start`."""
 
-    def __init__(self, process: subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, child: Child) -> None:
+        self._child = child
 
     @classmethod
     @contextlib.asynccontextmanager
     async def start(cls, folder: Path, settings: EngineSettings) -> AsyncIterator[BareEngine]:
         """An engine with the model in `folder` loaded, for as long as the block runs. Raises Unavailable."""
-        env = os.environ | compute_env(settings.threads)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", __name__),
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            limit=_LINE_BYTES,
-            start_new_session=True,
-        )
-        engine = cls(process)
-        try:
-            await engine._ask({"model": str(folder), **asdict(settings)})
-            yield engine
-        finally:
-            await engine._stop()
+        env = compute_env(settings.threads)
+        async with Child.start(__name__, "the bare engine", env) as child:
+            await child.ask({"model": str(folder), **asdict(settings)})
+            yield cls(child)
 
     async def generate(self, prompts: Sequence[str], output_len: int) -> Run:
         """All prompts at once, greedily, `output_len` tokens each."""
-        return Run(**await self._ask({"prompts": list(prompts), "max_tokens": output_len}))
+        return Run(**await self._child.ask({"prompts": list(prompts), "max_tokens": output_len}))
 
     async def ttft_s(self, prompt: str) -> float:
         """Seconds from text in to the text of the first token out."""
-        return float((await self._ask({"first": prompt}))["seconds"])
-
-    async def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(orjson.dumps(question) + b"\n")
-            await self._process.stdin.drain()
-            line = await self._process.stdout.readline()
-        except ConnectionError:
-            line = b""
-        if not line:
-            raise Unavailable("the bare engine ended; its last words are above")
-        answer: dict[str, Any] = orjson.loads(line)
-        return answer
-
-    async def _stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            async with asyncio.timeout(_STOP_S):
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+        return float((await self._child.ask({"first": prompt}))["seconds"])
 
 
 # ----------------------------------------------------------------------------------------------------- the child's end
 
 
 def main() -> None:
-    """Load what the first line says, then answer line by line until the end of standard input."""
+    """Load what the first question says, then answer the others."""
     from services.worker.flowserve.llm import FlowServe
 
-    # Whatever a library prints is not an answer.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    settings = orjson.loads(sys.stdin.buffer.readline())
-    folder = Path(settings.pop("model"))
-    _set_threads(settings.pop("threads"))
-    engine = FlowServe(folder, **settings)
-    list(engine.stream("Warm up.", max_tokens=3, temperature=0.0, ignore_eos=True))
-    _answer(answers, {})
-    for line in sys.stdin.buffer:
-        question = orjson.loads(line)
-        if "first" in question:
-            _answer(answers, _first(engine, question["first"]))
-        else:
-            _answer(answers, _generate(engine, question["prompts"], question["max_tokens"]))
-
-
-def _set_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
+    with conversation() as (questions, answer):
+        settings = next(questions)
+        engine = FlowServe(Path(settings.pop("model")), **settings)
+        list(engine.stream("Warm up.", max_tokens=3, temperature=0.0, ignore_eos=True))
+        answer({})
+        for question in questions:
+            if "first" in question:
+                answer(_first(engine, question["first"]))
+            else:
+                answer(_generate(engine, question["prompts"], question["max_tokens"]))
 
 
 def _generate(engine: Any, prompts: list[str], max_tokens: int) -> dict[str, Any]:
@@ -184,11 +128,6 @@ def _first(engine: Any, prompt: str) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     stream.close()
     return {"seconds": seconds}
-
-
-def _answer(answers: BinaryIO, answer: dict[str, Any]) -> None:
-    answers.write(orjson.dumps(answer) + b"\n")
-    answers.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Awaitable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 import uvloop
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepflow.bench.client import Endpoint
-from deepflow.bench.report import Report
+from deepflow.bench.engine.plan import Compare, Device, Dtype, Kernels
+from deepflow.bench.peers.plan import PEERS
 from deepflow.bench.workload import Dataset
 from deepflow.cli.screen import console, fail
 from shared import catalog
@@ -34,10 +35,14 @@ app = typer.Typer(
 # Standard output belongs to the report.
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
 
+T = TypeVar("T")
+
 Json = Annotated[
     str, typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output.")
 ]
 Seed = Annotated[int, typer.Option(help="Of prompts and arrivals.")]
+Model = Annotated[str, typer.Option(help="On this machine, or as `deepflow pull` takes it.")]
+Threads = Annotated[int, typer.Option(min=0, help="That compute; 0: one per core.")]
 
 
 @app.callback()
@@ -126,9 +131,7 @@ def serve(
 @app.command()
 def bus(
     quick: Annotated[bool, typer.Option("--quick", help="Only to see that it works.")] = False,
-    model: Annotated[
-        str, typer.Option(help="On this machine, or as `deepflow pull` takes it.")
-    ] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     seed: Seed = 0,
     json: Json = "",
 ) -> None:
@@ -136,17 +139,177 @@ def bus(
     from deepflow.bench.bus.bench import bench_bus
     from deepflow.bench.bus.plan import QUICK, Plan
 
-    try:
-        cache_dir = Settings.load(os.environ).cache_dir.absolute()
-        folder = _ensure(model, cache_dir)
-    except ConfigError as error:
-        fail(str(error), 2)
-    except DeepFlowError as error:
-        fail(error.message)
+    cache_dir, folder = _open(model)
     with _progress() as progress:
         plan = QUICK if quick else Plan()
         report = _run(bench_bus(folder, cache_dir, plan, seed, progress))
     report.write(json, console)
+
+
+@app.command()
+def engine(
+    model: Model = "smollm2-135m",
+    batch: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Sequences that decode at once.")
+    ] = "1,8,32",
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens.")] = 64,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.W8A8,
+    device: Annotated[Device, typer.Option()] = Device.AUTO,
+    threads: Threads = 0,
+    kernels: Annotated[Kernels, typer.Option(help="native: without torch.")] = Kernels.AUTO,
+    asynchronous: Annotated[
+        bool, typer.Option("--async/--sync", help="Plan a step while the last one runs.")
+    ] = False,
+    speculation: Annotated[
+        int, typer.Option(min=0, max=64, help="Tokens guessed per step; 0: none.")
+    ] = 0,
+    repetitive: Annotated[
+        bool, typer.Option("--repetitive", help="Prompts that repeat themselves.")
+    ] = False,
+    compare: Annotated[
+        list[Compare] | None, typer.Option(help="Measure with this switch on and off, in turns.")
+    ] = None,
+    max_batched_tokens: Annotated[int, typer.Option(min=1, help="Rows of a step at most.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    starts: Annotated[int, typer.Option(min=1, help="Of the engine; the median counts.")] = 3,
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """How fast the engine is, where its time goes, and how near it comes to what the machine can do."""
+    from deepflow.bench.engine.bench import bench_engine
+    from deepflow.bench.engine.plan import Plan
+    from deepflow.bench.engine.runner import RunnerSettings
+    from services.worker.settings import num_cores
+
+    plan = Plan(
+        batches=_batches(batch),
+        prompt_len=prompt_len,
+        output_len=output_len,
+        num_rounds=rounds,
+        num_starts=starts,
+        repetitive=repetitive,
+        compare=tuple(dict.fromkeys(compare or ())),
+    )
+    settings = RunnerSettings(
+        dtype=dtype,
+        device=device,
+        threads=threads or num_cores(),
+        kernels=kernels,
+        asynchronous=asynchronous,
+        speculation=speculation,
+        max_num_seqs=64,
+        max_batched_tokens=max_batched_tokens,
+        kv_tokens=0,
+    )
+    cache_dir, folder = _open(model)
+    with _progress() as progress:
+        report = _run(bench_engine(folder, cache_dir, settings, plan, seed, progress))
+    report.write(json, console)
+
+
+@app.command()
+def peers(
+    names: Annotated[
+        str, typer.Option("--peers", metavar="PEER,PEER,...", help="With whom.")
+    ] = ",".join(PEERS),
+    model: Model = "smollm2-135m",
+    threads: Threads = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only to see that it works.")] = False,
+    setup_only: Annotated[
+        bool, typer.Option("--setup-only", help="Make the peers' environments, measure later.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the figures (.png, .svg, .pdf).")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """FlowServe against what a user would take instead, in turns, each in its own environment. Up to an hour."""
+    from deepflow.bench.peers.bench import bench_peers, set_up
+    from deepflow.bench.peers.picture import check, draw
+    from deepflow.bench.peers.plan import QUICK, Plan
+
+    try:
+        if picture is not None:
+            check()
+    except DeepFlowError as error:
+        fail(error.message, 2)
+    cache_dir, folder = _open(model)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    with _progress() as progress:
+        if setup_only:
+            _run(set_up(folder, cache_dir, chosen, progress))
+            return
+        comparison = bench_peers(
+            folder,
+            cache_dir,
+            QUICK if quick else Plan(),
+            progress,
+            peers=chosen,
+            threads=threads,
+            seed=seed,
+            fresh=fresh,
+        )
+        report = _run(comparison)
+    if picture is not None:
+        draw(report, picture)
+    report.write(json, console)
+
+
+@app.command()
+def quality(
+    model: Model = "smollm2-135m",
+    dtype: Annotated[Dtype, typer.Option(help="What is judged.")] = Dtype.W8A8,
+    reference: Annotated[Dtype, typer.Option(help="What it is held to.")] = Dtype.FP32,
+    num_tokens: Annotated[int, typer.Option(min=2, help="Of prose.")] = 51_200,
+    threads: Threads = 0,
+    json: Json = "",
+) -> None:
+    """What a cheaper arithmetic does to the predictions: perplexity and agreement with full precision over prose."""
+    from deepflow.bench.quality import bench_quality
+    from services.worker.settings import num_cores
+
+    cache_dir, folder = _open(model)
+    try:
+        with _progress() as progress:
+            report = bench_quality(
+                folder,
+                cache_dir,
+                dtype=dtype,
+                reference=reference,
+                num_tokens=num_tokens,
+                threads=threads or num_cores(),
+                progress=progress,
+            )
+    except DeepFlowError as error:
+        fail(error.message)
+    report.write(json, console)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """Batch sizes, ascending."""
+    try:
+        sizes = {int(part) for part in text.split(",")}
+    except ValueError:
+        sizes = {0}
+    if min(sizes) < 1:
+        fail(f"--batch: {text!r} is no list of numbers above 0", 2)
+    return tuple(sorted(sizes))
+
+
+def _open(model: str) -> tuple[Path, ModelFolder]:
+    """The cache of this machine, and the model in it."""
+    try:
+        cache_dir = Settings.load(os.environ).cache_dir.absolute()
+        return cache_dir, _ensure(model, cache_dir)
+    except ConfigError as error:
+        fail(str(error), 2)
+    except DeepFlowError as error:
+        fail(error.message)
 
 
 def _ensure(model: str, cache_dir: Path) -> ModelFolder:
@@ -187,10 +350,10 @@ def _progress() -> Iterator[Progress]:
         yield progress
 
 
-def _run(bench: Awaitable[Report]) -> Report:
+def _run(bench: Awaitable[T]) -> T:
     """Run a bench to its end; Ctrl-C and SIGTERM let it clean up."""
 
-    async def run() -> Report:
+    async def run() -> T:
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
@@ -198,17 +361,17 @@ def _run(bench: Awaitable[Report]) -> Report:
             loop.add_signal_handler(number, task.cancel)
         return await bench
 
+    results: list[T] = []
     failures: list[str] = []
-    report: Report | None = None
     try:
-        report = uvloop.run(run())
+        results.append(uvloop.run(run()))
     except* DeepFlowError as group:
         failures += map(str, _leaves(group))
     except* asyncio.CancelledError:
         failures.append("interrupted")
-    if report is None:
+    if not results:
         fail("; ".join(failures))
-    return report
+    return results[0]
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from services.worker.settings import num_cores
+
 _WANTED_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
@@ -19,7 +21,7 @@ def describe(*packages: str) -> dict[str, Any]:
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cpu_flags": [flag for flag in _WANTED_FLAGS if flag in flags],
-        "cores": _num_cores(),
+        "cores": num_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_1m": round(os.getloadavg()[0], 2),  # before the bench: who else is here
         "os": platform.platform(),
@@ -38,12 +40,6 @@ def _cpuinfo(key: str) -> str:
         if name.strip() == key:
             return value.strip()
     return ""
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:

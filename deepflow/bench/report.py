@@ -6,7 +6,7 @@ It must not know how anything was measured.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -77,6 +77,10 @@ class Report:
             Path(target).write_bytes(self.json())
         self.show(console)
 
+    def tables(self) -> list[Table]:
+        """The numbers for people: one to a line, unless a bench knows better."""
+        return [number_table(self.metrics)]
+
     def show(self, console: Console) -> None:
         """For people: the bars first, then every number."""
         if self.bars:
@@ -87,13 +91,24 @@ class Report:
                 met = "" if value is None else "met" if bar.met_by(value) else "MISSED"
                 table.add_row(bar.text, found, f"{bar.relation} {bar.limit:g}", met)
             console.print(table)
-        table = Table("metric", "value", box=None)
-        for name, value in self.metrics.items():
-            table.add_row(name, f"{value:.4g}" if value < 1e4 else f"{value:.0f}")
-        console.print(table)
+        for table in self.tables():
+            console.print(table)
         for note in self.notes:
             console.print(f"  {note}", markup=False)
         console.print(
             "  " + ", ".join(f"{name} {value}" for name, value in self.machine.items()),
             markup=False,
         )
+
+
+def number_table(metrics: Mapping[str, float]) -> Table:
+    """One number to a line."""
+    table = Table("metric", "value", box=None)
+    for name, value in metrics.items():
+        table.add_row(name, number(value))
+    return table
+
+
+def number(value: float) -> str:
+    """Four digits, but never a power of ten."""
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
