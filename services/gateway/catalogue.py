@@ -76,7 +76,9 @@ class Catalogue:
     async def find(self, name: str) -> Model:
         """The model of that name. Raises ModelNotFound, or Unavailable if it is known but not servable here."""
         model = self._models.get(name)
-        if model is None and time.monotonic() - self._began_at > MISS_REFRESH_S:
+        if model is None:
+            # It may have come since the latest reading: nobody hears that it is unknown without a newer one.
+            await asyncio.sleep(max(0.0, self._began_at + MISS_REFRESH_S - time.monotonic()))
             await self.refresh()
             model = self._models.get(name)
         if model is not None:

@@ -33,6 +33,8 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
         threads=settings.threads,
         cache_dir=settings.cache_dir,
         kernels=settings.kernels,
+        asynchronous=settings.asynchronous,
+        speculation=settings.speculation,
     )
     _warm_up(engine)
     # What was made so far stays: the collector need not visit it again.

@@ -35,6 +35,8 @@ class WorkerSettings(Settings):
     kv_tokens: int  # per TE
     max_num_seqs: int
     max_batched_tokens: int
+    asynchronous: bool  # plan a step while the one before it runs
+    speculation: int  # guesses a step may check for one choice; 0: none
     max_waiting: int
     threads: int  # compute threads of one TE
     load_timeout_s: float  # a TE that is not ready by then is replaced
@@ -66,6 +68,8 @@ class WorkerSettings(Settings):
             "max_batched_tokens": reader.integer(
                 "DEEPFLOW_MAX_BATCHED_TOKENS", max(256, max_num_seqs), max_num_seqs, 1 << 20
             ),
+            "asynchronous": reader.flag("DEEPFLOW_ASYNC", False),
+            "speculation": reader.integer("DEEPFLOW_SPECULATION", 0, 0, 64),
             "max_waiting": reader.integer("DEEPFLOW_MAX_WAITING", 256, 0, 1 << 20),
             "threads": threads
             or default_threads(num_cores(), num_tes * len(models), native=native),

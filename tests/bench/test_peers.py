@@ -296,7 +296,7 @@ async def test_flowserve_takes_its_turns_and_stands_still_between_them(tmp_path:
         assert await contestant.prefill("", list(range(10, 90))) > 0
         await contestant.open("", [list(range(start, start + 40)) for start in (20, 60, 100)])
         for _ in range(3):
-            assert await contestant.decode("", 3 * 8) > 0
+            assert await contestant.decode("", 3 * 8, 60.0) > 0
             await _stopped(process)
         await contestant.close("")
         assert await contestant.prefill("", list(range(30, 70))) > 0

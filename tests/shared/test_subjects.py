@@ -22,7 +22,10 @@ def test_encoding_is_reversible_and_safe(value: str) -> None:
     assert decode(token) == value
 
 
-@given(model=TEXT, te=TEXT)
+NAMES = TEXT.filter(lambda text: text != "*")  # the wildcard, as an argument
+
+
+@given(model=NAMES, te=NAMES)
 def test_a_subject_parses_back_into_its_parts(model: str, te: str) -> None:
     """The noun and the variable tokens of a built subject are read back."""
     subjects = Subjects("test")

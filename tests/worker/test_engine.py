@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.decoder import Floats, StepInput
 from services.worker.flowserve.engine import Engine
 from services.worker.flowserve.life import MAX_CHOICES
 from shared import blockhash, errors
@@ -369,6 +371,42 @@ def test_a_step_that_fails_ends_its_sequences_only(tiny_config: ModelConfig) -> 
     assert end.failure.code == "internal"
     assert bench.finishes == {"hit": "failed", "waits": "length"}
     assert bench.engine.ledger()["live"] == 0
+
+
+class Interrupted(ArithmeticDecoder):
+    """Ctrl-C in the middle of the third step, and in the sampling of the fifth."""
+
+    def forward(self, step: StepInput) -> Floats:
+        logits = super().forward(step)
+        if self.num_steps == 3:
+            raise KeyboardInterrupt
+        return logits.view(_Impatient) if self.num_steps == 5 else logits
+
+
+class _Impatient(np.ndarray[Any, Any]):
+    """Logits whose second row cannot be read."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return np.asarray(self)[index]
+
+
+def test_an_interrupted_step_is_taken_again(tiny_config: ModelConfig) -> None:
+    """Who interrupts the library and goes on gets the tokens as if nothing had been."""
+    benches = []
+    for decoder in (ArithmeticDecoder(tiny_config), Interrupted(tiny_config)):
+        bench = Bench(decoder, asynchronous=False)
+        bench.submit(request(**SEEDED), request("other", [7] * 20, **SEEDED))
+        num_interrupts = 0
+        while bench.engine.has_work():
+            try:
+                bench.step()
+            except KeyboardInterrupt:
+                num_interrupts += 1
+        benches.append(bench)
+    assert num_interrupts == 2
+    assert benches[0].ids == benches[1].ids
 
 
 # ------------------------------------------------------------------------------------------------------ introspection

@@ -148,3 +148,28 @@ def test_a_stop_token_is_counted_but_not_shown(llm: FlowServe) -> None:
     assert (stopped.finish, stopped.stop) == ("stop", stop)
     assert llm.tokenizer.decode([stop])
     assert stopped.text == shorter.text
+
+
+def test_guesses_change_neither_text_nor_count(folder: Path) -> None:
+    """Where a step brings several tokens, a stop string still cuts at the token that completes it."""
+    plain, guessing = (
+        FlowServe(folder, kv_tokens=4096, threads=1, cache_dir=folder.parent / "cache", **mode)
+        for mode in ({}, {"asynchronous": True, "speculation": 6})
+    )
+    # Of a handful of letters, so that the text repeats itself.
+    letters = dict.fromkeys(plain.tokenizer.encode("abc"), 30.0)
+    fields = GREEDY | {"logit_bias": letters, "max_tokens": 120, "logprobs": 0}
+    (whole,) = plain.generate("once", **fields)
+    assert guessing.generate("once", **fields) == [whole]
+    assert guessing.engine.counters["spec_accepted"] > 0
+    for start in range(60, 110, 7):
+        stop = whole.text[start : start + 20]
+        (cut,) = plain.generate("once", stop=[stop], **fields)
+        (same,) = guessing.generate("once", stop=[stop], **fields)
+        assert (same.text, same.ids, same.finish, same.stop, same.logprobs) == (
+            cut.text,
+            cut.ids,
+            cut.finish,
+            cut.stop,
+            cut.logprobs,
+        )

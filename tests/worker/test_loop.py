@@ -19,7 +19,7 @@ from shared.messages import Cancel, Replay, Request, Sampling
 from tests.worker.peers import MODEL, make_model
 
 
-def request(name: str, max_tokens: int) -> Request:
+def make_request(name: str, max_tokens: int) -> Request:
     return Request(
         request=name,
         attempt=0,
@@ -38,13 +38,14 @@ def request(name: str, max_tokens: int) -> Request:
 class Side:
     """The shell's side: an engine loop and what it delivered."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, asynchronous: bool = False) -> None:
         env = {
             "DEEPFLOW_TE_MODEL": MODEL,
             "DEEPFLOW_TE_POD": "pod-1",
             "DEEPFLOW_DTYPE": "fp32",
             "DEEPFLOW_KV_TOKENS": "4096",
             "DEEPFLOW_THREADS": "1",
+            "DEEPFLOW_ASYNC": str(int(asynchronous)),
         }
         folder, settings = open_model(cache, MODEL), TeSettings.load(env)
         self.reports: list[Report] = []
@@ -57,7 +58,7 @@ class Side:
         self.news.set()
 
     def submit(self, name: str, max_tokens: int) -> None:
-        self.loop.post(lambda engine, _: engine.submit(request(name, max_tokens)))
+        self.loop.post(lambda engine, _: engine.submit(make_request(name, max_tokens)))
 
     async def end(self, name: str) -> str:
         """Wait for the end of a request; how it ended."""
@@ -71,11 +72,11 @@ class Side:
                 await self.news.wait()
 
 
-@pytest.fixture
-async def side(tmp_path: Path) -> AsyncIterator[Side]:
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+async def side(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Side]:
     """A loop whose engine is ready; it is stopped, and its ledger balanced, at the end."""
     make_model(tmp_path)
-    side = Side(tmp_path)
+    side = Side(tmp_path, request.param)
     side.loop.start()
     engine: Engine = await side.loop.ready
     yield side

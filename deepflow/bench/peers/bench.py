@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from rich.progress import Progress
 
@@ -29,7 +29,18 @@ from services.worker.settings import compute_env, num_cores
 from shared.catalog import ModelFolder
 from shared.errors import InvalidRequest, Unavailable
 
+Wanted: TypeAlias = dict[str, tuple[str, ...]]  # variants by point
+
 _OURS_VARIANT: Final = "w8a8"
+_METHOD: Final = (
+    "Everybody gets the same random token ids, so lengths match by themselves; all choose greedily and ignore the end.",
+    "prefill: tokens of one new prompt / time to its first token; decode: tokens of all sequences / time, no prefill.",
+    "The rounds of a point continue the same sequences; their KV reaches its length at the end of the last round.",
+    "In a round FlowServe and the peer run next to each other, the one whose turn it is not stopped.",
+    "Of several variants of a peer all run in the first round, and the one that was fastest in the others.",
+    "llama.cpp and transformers prefill one prompt and copy its cache for a batch; decoding costs the same.",
+    "An engine that takes longer than its turn for a round is rated by the steps it made, so its KV stays shorter.",
+)
 
 
 async def set_up(model: ModelFolder, cache_dir: Path, peers: Sequence[str], bar: Progress) -> None:
@@ -55,8 +66,8 @@ async def bench_peers(
 ) -> PeersReport:
     """Measure everything that is not measured yet, or everything if `fresh`; `threads` 0 is one per core.
 
-    A peer that cannot be set up or fails is left out, and a note says why. Raises InvalidRequest for an unknown peer or
-    a model that is not published as GGUF, Unavailable if no peer could be measured.
+    Of a peer that cannot be set up or fails, what there is by then is reported, and a note says why. Raises
+    InvalidRequest for an unknown peer or a model that is not published as GGUF, Unavailable if there is nothing at all.
     """
     chosen = _chosen(peers)
     described = machine.describe("numpy")
@@ -64,17 +75,22 @@ async def bench_peers(
     with _step(progress, "weights", 1):
         arena.prepare()
     measured: dict[str, figures.Rounds] = {}
-    notes, settings = [], {}
+    notes, settings = list(_METHOD), {}
     for peer in chosen:
+        wanted = {
+            point.name: variants(peer.name, point, described["cpu_flags"]) for point in plan.points
+        }
+        results = arena.results(peer, wanted, fresh=fresh)
+        told: dict[str, Any] = {}
         try:
-            results, told = await arena.compare(peer, described["cpu_flags"], fresh=fresh)
+            told = await arena.compare(peer, wanted, results)
         except Unavailable as error:
-            notes.append(f"{peer.name} was not measured: {error.message}")
-            continue
-        measured[peer.name] = results.rounds
-        settings[peer.name] = told | {"variants": figures.fastest(plan.points, results.rounds)}
+            notes.append(f"{peer.name} was not measured to the end: {error.message}")
+        if any(results.rounds.values()):
+            measured[peer.name] = results.rounds
+            settings[peer.name] = told | {"variants": figures.fastest(plan.points, results.rounds)}
     if not measured:
-        raise Unavailable("; ".join(notes))
+        raise Unavailable("; ".join(notes[len(_METHOD) :]))
     return PeersReport(
         bench="peers",
         metrics=figures.metrics(plan.points, measured),
@@ -120,23 +136,22 @@ class _Arena:
         folder = self._root / "weights"
         self._weights = weights.prepare(self._model.name, folder, _Weights(self._progress))
 
-    async def compare(
-        self, peer: Peer, cpu_flags: Sequence[str], *, fresh: bool
-    ) -> tuple[Results, dict[str, Any]]:
-        """All rounds with one peer, and what it said of itself. Raises Unavailable."""
+    def results(self, peer: Peer, wanted: Wanted, *, fresh: bool) -> Results:
+        """What there is with one peer already."""
+        kept = self._root / "results" / f"{peer.name}-{self._plan.name}.json"
+        return Results.open(kept, self._key(peer, wanted), fresh=fresh)
+
+    async def compare(self, peer: Peer, wanted: Wanted, results: Results) -> dict[str, Any]:
+        """The rounds with one peer that are not in `results` yet; what it said of itself. Raises Unavailable."""
         plan, progress = self._plan, self._progress
         with _step(progress, f"{peer.name}: its environment (when new, {peer.minutes})", 1):
             log = _log(self._root, f"{peer.name}-setup")
             folder = await environment.ensure(peer, self._root, log)
-        wanted = {point.name: variants(peer.name, point, cpu_flags) for point in plan.points}
-        results = Results.open(
-            self._root / "results" / f"{peer.name}.json", self._key(peer, wanted), fresh=fresh
-        )
         missing = [
             point for point in plan.points if len(results.rounds[point.name]) < plan.num_rounds
         ]
         if not missing:
-            return results, {"kept": "from an earlier run"}
+            return {"kept": "from an earlier run"}
         async with contextlib.AsyncExitStack() as open_:
             with _step(progress, f"{peer.name}: loading", 2) as advance:
                 ours = await open_.enter_async_context(self._ours())
@@ -145,9 +160,8 @@ class _Arena:
                 theirs = await open_.enter_async_context(self._theirs(peer, folder, used))
                 advance()
             duel = Duel(ours, theirs, plan, vocab=self._model.vocab, seed=self._seed)
-            with _step(
-                progress, f"{peer.name}: in turns", len(plan.points) * plan.num_rounds
-            ) as advance:
+            num_rounds = sum(plan.num_rounds - len(results.rounds[one.name]) for one in missing)
+            with _step(progress, f"{peer.name}: in turns", num_rounds) as advance:
 
                 def keep(point: str, one: Round) -> None:
                     results.add(point, one)
@@ -156,7 +170,7 @@ class _Arena:
                 for point in missing:
                     done = results.rounds[point.name]
                     await duel.measure(point, tuple(done), wanted[point.name], keep)
-            return results, theirs.described
+            return theirs.described
 
     def _ours(self) -> contextlib.AbstractAsyncContextManager[Contestant]:
         here = str(Path(__file__).parents[3])
@@ -186,10 +200,10 @@ class _Arena:
             "max_num_seqs": self._plan.max_num_seqs,
         }
 
-    def _key(self, peer: Peer, wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    def _key(self, peer: Peer, wanted: Wanted) -> dict[str, Any]:
         """Whatever would make other figures."""
         return {
-            "peer": asdict(peer),
+            "peer": asdict(peer) | {"minutes": None},
             "variants": wanted,
             "plan": asdict(self._plan),
             "model": self._model.weights_digest,

@@ -76,9 +76,10 @@ class Contestant:
         """Prefill prompts, to be decoded together from now on."""
         await self._turn({"do": "open", "variant": variant, "prompts": list(map(list, prompts))})
 
-    async def decode(self, variant: str, num_tokens: int) -> float:
-        """Tokens/s of all of them together, over the next `num_tokens`."""
-        answer = await self._turn({"do": "decode", "variant": variant, "num_tokens": num_tokens})
+    async def decode(self, variant: str, num_tokens: int, limit_s: float) -> float:
+        """Tokens/s of all of them together, over the next `num_tokens` or the steps begun within `limit_s`."""
+        question = {"do": "decode", "variant": variant, "num_tokens": num_tokens}
+        answer = await self._turn(question | {"limit_s": limit_s})
         return float(answer["num_tokens"] / answer["seconds"])
 
     async def close(self, variant: str) -> None:

@@ -75,7 +75,10 @@ class Duel:
             await self._sides[name].open(variant, given)
 
         async def play(number: int, order: Sequence[Side]) -> Mapping[Side, float]:
-            return {side: await self._sides[side[0]].decode(side[1], num_tokens) for side in order}
+            return {
+                side: await self._sides[side[0]].decode(side[1], num_tokens, self._plan.turn_s)
+                for side in order
+            }
 
         yield play
         for name, variant in open_:

@@ -60,11 +60,16 @@ POINTS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How much. A round decodes `decode_len` tokens of each sequence; all rounds of a point share one prefill."""
+    """How much. A round decodes `decode_len` tokens of each sequence; all rounds of a point share one prefill.
 
+    Results of plans with different names are kept apart.
+    """
+
+    name: str = "full"
     points: tuple[Point, ...] = POINTS
     num_rounds: int = 3
     decode_len: int = 64
+    turn_s: float = 25.0  # in which an engine decodes at most; it bounds what a very slow one costs
     # Steps between a prompt's first token and the first that is timed, and what engines differ by in them.
     slack: int = 8
 
@@ -86,6 +91,7 @@ class Plan:
 
 
 QUICK: Final = Plan(
+    name="quick",
     points=(_prefill(512), _decode(1, 512, "512"), _decode(8, 512, "512")),
     num_rounds=1,
     decode_len=16,

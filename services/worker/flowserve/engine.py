@@ -210,7 +210,11 @@ class Engine:
             return self._report(0, None)
         plan = self._launches[0].plan
         self._step_s = self._pace.step_s(plan.num_decodes, plan.num_prefill_tokens)
-        launch = self._stream.collect()
+        try:
+            launch = self._stream.collect()
+        except BaseException:  # an interrupt, which a user of the library may survive
+            self._interrupted()
+            raise
         self._launches.popleft()
         self.counters["steps"] += 1
         if launch.error is not None:
@@ -299,6 +303,14 @@ class Engine:
         while self._launches:
             self._scheduler.undo(self._stream.collect().plan)
             self._launches.popleft()
+
+    def _interrupted(self) -> None:
+        """As if the step had not been planned. One that runs on its own thread goes on and is collected later."""
+        if not self.settings.asynchronous:
+            plan = self._launches.popleft().plan
+            self._scheduler.undo(plan)
+            for sequence in plan.sampled:
+                sequence.row = None  # it may have taken note of a token that is sampled again
 
     def _report(self, num_computed: int, error: Exception | None) -> StepOutput:
         requests, scheduler = self._requests, self._scheduler

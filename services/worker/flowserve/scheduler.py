@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from services.worker.flowserve.blocks import BlockPool
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
+from services.worker.flowserve.speculation import Speculator
 from shared.messages import Failure
 
 by_age = attrgetter("order")
@@ -313,7 +314,8 @@ class Scheduler:
             self.trim(sequence, keep)
         self._give_back(sequence)
         sequence.status = Status.ENDED
-        sequence.finish, sequence.failure, sequence.row = finish, failure, None
+        sequence.finish, sequence.failure = finish, failure
+        sequence.row, sequence.speculator = None, Speculator()  # both may be large
         if not any(s.status in (Status.RUNNING, Status.WAITING) for s in group.sequences):
             self._release(group, 1)  # the others waited for this one: the next takes its part
 

@@ -3,7 +3,8 @@
 Where the last few tokens stood before, what followed them then is likely to follow again: in quotations, code,
 summaries, tables. The guesses are computed as further rows of the sequence in the same step, and sampled one after
 the other: a token counts as long as every guess before it was right. A row's logits depend on its own sequence only
-and its noise on its position only, so the tokens are exactly those without speculation; a wrong guess costs its row.
+and its noise on its position only, so the tokens are exactly those without speculation (in fp32 and bf16, where sums
+change with the batch, up to near ties, as with any batch mates); a wrong guess costs its row.
 This module must not know models, blocks or steps.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 NGRAM = 3  # tokens that must have stood together before
 SHORTER = 2  # as many will do, where no longer match is known
+LOOK_BACK = 8192  # tokens read at the first call, the newest of them: a bound on time and memory
 FIRST_LENGTH = 2  # guesses at first; doubled when all are right, halved when none is
 # At one sequence a further row costs about a twelfth of a step on a CPU, at eight a fifteenth for an eighth of the
 # tokens; below this share of right guesses a pause begins.
@@ -34,7 +36,7 @@ class Speculator:
         self._num_read = 0
         self._match = 0  # position after the last earlier occurrence of the newest n-gram; 0: none
         self._length = FIRST_LENGTH
-        self._share = 1.0  # of guesses that were right, a moving average
+        self._share = 2 * WORTH  # of guesses that were right, a moving average
         self._pause = FIRST_PAUSE
         self._quiet_until = 0  # number of known tokens
 
@@ -69,9 +71,9 @@ class Speculator:
 
     def _read(self, tokens: list[int]) -> None:
         """Take in the tokens not seen yet."""
-        start = self._num_read
-        if start == len(tokens):
+        if self._num_read == len(tokens):
             return
+        start = max(self._num_read, len(tokens) - LOOK_BACK)
         after = self._after
         long = short = 0
         for end in range(max(start, SHORTER - 1) + 1, len(tokens) + 1):

@@ -57,11 +57,11 @@ class Driver:
         while len(begun) < len(prompts):
             begun.update(delta.request for _, delta in self._step() if delta.ids)
 
-    def decode(self, variant: str, num_tokens: int) -> dict[str, float]:
-        """Seconds for steps of all sequences until `num_tokens` tokens are out."""
+    def decode(self, variant: str, num_tokens: int, limit_s: float) -> dict[str, float]:
+        """Seconds for steps of all sequences until `num_tokens` tokens are out or `limit_s` is over."""
         done = 0
         started = time.perf_counter()
-        while done < num_tokens:
+        while done < num_tokens and time.perf_counter() < started + limit_s:
             done += sum(len(delta.ids) for _, delta in self._step())
         return {"seconds": time.perf_counter() - started, "num_tokens": done}
 

@@ -72,12 +72,12 @@ class Driver:
         session.step()
         self._sessions[variant] = session
 
-    def decode(self, variant: str, num_tokens: int) -> dict[str, float]:
-        """Seconds for steps of all sequences until `num_tokens` tokens are out."""
+    def decode(self, variant: str, num_tokens: int, limit_s: float) -> dict[str, float]:
+        """Seconds for steps of all sequences until `num_tokens` tokens are out or `limit_s` is over."""
         session = self._sessions[variant]
         done = 0
         started = time.perf_counter()
-        while done < num_tokens:
+        while done < num_tokens and time.perf_counter() < started + limit_s:
             done += session.step()
         return {"seconds": time.perf_counter() - started, "num_tokens": done}
 

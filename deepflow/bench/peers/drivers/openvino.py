@@ -82,12 +82,12 @@ class Driver:
             pipeline.step()
             begun = [num + _num_read(handle) for num, handle in zip(begun, handles, strict=True)]
 
-    def decode(self, variant: str, num_tokens: int) -> dict[str, float]:
-        """Seconds for steps of all sequences until `num_tokens` tokens are out."""
+    def decode(self, variant: str, num_tokens: int, limit_s: float) -> dict[str, float]:
+        """Seconds for steps of all sequences until `num_tokens` tokens are out or `limit_s` is over."""
         pipeline, handles = self._pipelines[variant], self._handles[variant]
         done = 0
         started = time.perf_counter()
-        while done < num_tokens:
+        while done < num_tokens and time.perf_counter() < started + limit_s:
             pipeline.step()
             done += sum(_num_read(handle) for handle in handles)
         return {"seconds": time.perf_counter() - started, "num_tokens": done}

@@ -7,6 +7,7 @@ reads and writes is as large as with prompts of their own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -60,14 +61,14 @@ class Driver:
         if len(prompts) > 1:
             cache.batch_repeat_interleave(len(prompts))
         self._sessions[variant] = cache, token.repeat_interleave(len(prompts), 0)
-        self.decode(variant, 2 * len(prompts))
+        self.decode(variant, 2 * len(prompts), math.inf)
 
-    def decode(self, variant: str, num_tokens: int) -> dict[str, float]:
-        """Seconds for steps of all sequences until `num_tokens` tokens are out."""
+    def decode(self, variant: str, num_tokens: int, limit_s: float) -> dict[str, float]:
+        """Seconds for steps of all sequences until `num_tokens` tokens are out or `limit_s` is over."""
         model, (cache, tokens) = self._models[variant], self._sessions[variant]
         done = 0
         started = time.perf_counter()
-        while done < num_tokens:
+        while done < num_tokens and time.perf_counter() < started + limit_s:
             tokens = _forward(model, tokens, cache)
             done += len(tokens.tolist())
         seconds = time.perf_counter() - started

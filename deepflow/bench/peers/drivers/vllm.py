@@ -89,11 +89,11 @@ class Driver:
         while len(begun) < len(prompts):
             begun.update(output.request_id for output in self._engine.step())
 
-    def decode(self, variant: str, num_tokens: int) -> dict[str, float]:
-        """Seconds for steps of all sequences until `num_tokens` tokens are out."""
+    def decode(self, variant: str, num_tokens: int, limit_s: float) -> dict[str, float]:
+        """Seconds for steps of all sequences until `num_tokens` tokens are out or `limit_s` is over."""
         done = 0
         started = time.perf_counter()
-        while done < num_tokens:
+        while done < num_tokens and time.perf_counter() < started + limit_s:
             done += sum(len(output.outputs[0].token_ids) for output in self._engine.step())
         return {"seconds": time.perf_counter() - started, "num_tokens": done}
 
