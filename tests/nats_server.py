@@ -60,9 +60,12 @@ class NatsServer:
         self._process.wait()
 
     def pause(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP, and wait until all its threads have stopped: one that runs may still answer."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self._process.pid}/task")
+        while any(not _is_stopped(thread / "stat") for thread in threads.iterdir()):
+            time.sleep(0.001)
 
     def stop(self) -> None:
         """End it, whatever its state."""
@@ -81,3 +84,8 @@ class NatsServer:
 
 if __name__ == "__main__":
     sys.exit("this module is for tests")
+
+
+def _is_stopped(stat: Path) -> bool:
+    """Whether this thread's state, the word behind its name, says so."""
+    return stat.read_text().rpartition(")")[2].split()[0] in "Tt"
