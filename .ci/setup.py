@@ -60,15 +60,15 @@ def build_kernels() -> int:
     """Build the native kernels if their sources changed, or say why there are none; the exit code."""
     stamp = VENV / "kernels.stamp"
     sys.path.insert(0, str(NATIVE))
-    import build
+    from build import LIBRARY, BuildError, build, sources_digest
 
-    digest = build.sources_digest()
-    if build.LIBRARY.exists() and stamp.exists() and stamp.read_text() == digest:
+    digest = sources_digest()
+    if LIBRARY.exists() and stamp.exists() and stamp.read_text() == digest:
         return 0
     print("Building the native kernels ...", flush=True)
     try:
-        build.build()
-    except build.BuildError as error:
+        build()
+    except BuildError as error:
         print(f"No native kernels, the engine will use torch, several times slower: {error}")
     else:
         stamp.write_text(digest)

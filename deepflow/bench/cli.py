@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deepflow.bench.client import Endpoint
 from deepflow.bench.engine.plan import Compare, Device, Dtype, Kernels
 from deepflow.bench.peers.plan import PEERS
+from deepflow.bench.progress import PullLines
 from deepflow.bench.workload import Dataset
 from deepflow.cli.screen import console, fail
 from shared import catalog
@@ -319,19 +320,7 @@ def _ensure(model: str, cache_dir: Path) -> ModelFolder:
     except ModelNotFound:
         from deepflow.models.pull import pull
 
-        return pull(model, cache_dir, progress=_Steps())
-
-
-class _Steps:
-    """A pull's progress, a line per step."""
-
-    def step(self, name: str, total_bytes: int) -> None:
-        """A new step begins."""
-        size = f" ({total_bytes / 1e6:.0f} MB)" if total_bytes else ""
-        _screen.print(f"  {name}{size}", markup=False)
-
-    def advance(self, num_bytes: int) -> None:
-        """Not shown."""
+        return pull(model, cache_dir, progress=PullLines(_screen))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 beyond how their command lines read.
 
 A thread is told by its kernel name (`/proc/<pid>/task/<tid>/comm`): a new thread takes over the name of the one that
-starts it, so the OpenMP workers that the thread `engine` starts are called `engine` as well.
+starts it, so the compute threads that the thread `engine` starts are called `engine` as well.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import gc
 from typing import TYPE_CHECKING, Final
 
 from services.worker.flowserve.engine import Engine
+from services.worker.flowserve.life import local_request
 from services.worker.settings import PAGE
-from shared.messages import Request, Sampling
+from shared.messages import Sampling
 
 if TYPE_CHECKING:
     from services.worker.settings import TeSettings
@@ -45,20 +46,8 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
 
 def _warm_up(engine: Engine) -> None:
     """One short request, so that the first real one does not pay for lazy initialisation."""
-    engine.submit(
-        Request(
-            request="warm-up",
-            attempt=0,
-            client="",
-            model="",
-            tenant="",
-            prompt=[0] * min(_WARM_UP_PROMPT, engine.context - 1),
-            root=b"",
-            hashes=[],
-            sampling=Sampling(max_tokens=3, seed=0, temperature=0.0, ignore_eos=True),
-            deadline_ms=600_000,
-            park_ms=0,
-        )
-    )
+    prompt = [0] * min(_WARM_UP_PROMPT, engine.context - 1)
+    sampling = Sampling(max_tokens=3, seed=0, temperature=0.0, ignore_eos=True)
+    engine.submit(local_request("warm-up", prompt, sampling))
     while engine.has_work():
         engine.step()

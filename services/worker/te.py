@@ -1,6 +1,6 @@
 """`python -m services.worker.te`: one Task Executor, started by a pod host. Killing this process kills all of it.
 
-It joins shell and engine. torch is imported in the engine's thread, while the shell already beats.
+It joins shell and engine. The engine is loaded in its own thread, while the shell already beats.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from deepflow.bench.bus.overload import overload
 from deepflow.bench.bus.plan import BARS, Plan
 from deepflow.bench.bus.throughput import Throughput
 from deepflow.bench.client import Client
+from deepflow.bench.progress import step
 from deepflow.bench.report import Report
 from deepflow.bench.stack import Stack
 from shared.catalog import ModelFolder
@@ -59,7 +60,7 @@ async def _one_te(
 ) -> tuple[dict[str, float], list[str]]:
     metrics: dict[str, float] = {}
     async with contextlib.AsyncExitStack() as open_:
-        with _step(progress, "starting platform and bare engine", 2) as advance:
+        with step(progress, "starting platform and bare engine", 2) as advance:
             stack = await open_.enter_async_context(
                 Stack.start(model.name, cache_dir, _variables(settings))
             )
@@ -68,23 +69,23 @@ async def _one_te(
             advance()
         client = await open_.enter_async_context(Client.open(stack.url, model.name))
         begun_with = stack.tes()
-        with _step(progress, "throughput, in turns", 2 * plan.num_rounds) as advance:
+        with step(progress, "throughput, in turns", 2 * plan.num_rounds) as advance:
             compared = Throughput(client, bare, stack, plan, prompts)
             metrics |= await compared.measure(advance)
-        with _step(progress, "first token, in turns", plan.num_first_tokens) as advance:
+        with step(progress, "first token, in turns", plan.num_first_tokens) as advance:
             metrics |= await added_ttft(client, bare, prompts, plan, advance)
-        with _step(progress, "idle", 1) as advance:
+        with step(progress, "idle", 1) as advance:
             metrics |= await idle_cpu(stack, plan.idle_s)
-        with _step(progress, "clients that leave", plan.num_cancels) as advance:
+        with step(progress, "clients that leave", plan.num_cancels) as advance:
             metrics |= await cancel_to_free(client, stack, prompts, plan, rng, advance)
-        with _step(progress, "overload", 1):
+        with step(progress, "overload", 1):
             metrics |= await overload(client, stack, plan, settings.max_num_seqs, prompts, rng)
         notes = [_how_told(stack.cpu_times().names_engine)]
         if stack.tes() != begun_with:
             notes.append(
                 "the TE was replaced while nobody killed it: this machine is too busy to measure on."
             )
-        with _step(progress, "kill -9 of the only TE", 1) as advance:
+        with step(progress, "kill -9 of the only TE", 1) as advance:
             killing = Failover(client, stack, plan, prompts)
             metrics |= await killing.measure("restart", 1, 1, advance)
     return metrics, notes
@@ -99,7 +100,7 @@ async def _two_tes(
     progress: Progress,
 ) -> dict[str, float]:
     shared = _variables(settings) | {"DEEPFLOW_THREADS": str(max(1, settings.threads // _TES))}
-    with _step(progress, f"kill -9 of one of {_TES} TEs", 1 + plan.num_kills) as advance:
+    with step(progress, f"kill -9 of one of {_TES} TEs", 1 + plan.num_kills) as advance:
         async with (
             Stack.start(model.name, cache_dir, shared, num_workers=_TES) as stack,
             Client.open(stack.url, model.name) as client,
@@ -117,19 +118,9 @@ def _how_told(names_engine: bool) -> str:
     if names_engine:
         return (
             "CPU outside the engine: every thread of every process but those named `engine` "
-            "(/proc/<pid>/task/*/comm; OpenMP workers take over the name of the thread that starts them)."
+            "(/proc/<pid>/task/*/comm; threads take over the name of the one that starts them)."
         )
     return (
         "CPU outside the engine: every thread of every process, of the TE only its main thread; "
         "no thread is named `engine` here."
     )
-
-
-@contextlib.contextmanager
-def _step(progress: Progress, text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A line of progress; what it yields counts one part as done."""
-    if progress.disable:  # no terminal
-        progress.console.print(text, markup=False)
-    task = progress.add_task(text, total=total)
-    yield lambda: progress.advance(task)
-    progress.update(task, completed=total)

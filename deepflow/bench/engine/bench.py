@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -31,6 +31,7 @@ from deepflow.bench.engine.runner import Runner, RunnerSettings, Started
 from deepflow.bench.engine.table import EngineReport
 from deepflow.bench.engine.work import Work
 from deepflow.bench.limits import Limits, measure_limits
+from deepflow.bench.progress import step
 from deepflow.bench.report import Report
 from services.worker.flowserve.config import ModelConfig
 from shared.catalog import ModelFolder
@@ -101,12 +102,12 @@ class _Bench:
 
     async def run(self) -> Report:
         described = machine.describe("torch", "numpy")
-        with self._step("what the machine can do", 1):
+        with step(self._progress, "what the machine can do", 1):
             limits = await self._limits()
         started = await self._starts()
         runs, memory = await self._measure()
         profiled = await self._profile() if self._settings.asynchronous else runs[_MAIN]
-        with self._step("what the machine can do, again", 1):
+        with step(self._progress, "what the machine can do, again", 1):
             limits = limits.best(await self._limits())
         main, dtype = runs[_MAIN], self._settings.dtype
         metrics = figures.speed(main)
@@ -145,7 +146,7 @@ class _Bench:
         """Engines as a worker would start them. The first may have to prepare weights or read files: not counted."""
         started = []
         num_starts = 1 + self._plan.num_starts
-        with self._step("starting", num_starts) as advance:
+        with step(self._progress, "starting", num_starts) as advance:
             for _ in range(num_starts):
                 async with self._runner(self._settings) as runner:
                     started.append(runner.started)
@@ -182,7 +183,7 @@ class _Bench:
         to_decode = self._prompts(plan.prompt_len)
         to_prefill = {length: self._prompts(length) for length in self._lengths}
         total = num_rounds * len(runners) * (len(plan.batches) + len(to_prefill))
-        with self._step(text, total) as advance:
+        with step(self._progress, text, total) as advance:
             for _ in range(num_rounds):
                 for batch in plan.batches:
                     texts = list(itertools.islice(to_decode, batch))
@@ -234,15 +235,6 @@ class _Bench:
         if self._settings.asynchronous:
             notes.append("profile: of the same engine in synchronous mode, where nothing overlaps.")
         return notes
-
-    @contextlib.contextmanager
-    def _step(self, text: str, total: int) -> Iterator[Callable[[], None]]:
-        """A line of progress; what it yields counts one part as done."""
-        if self._progress.disable:  # no terminal
-            self._progress.console.print(text, markup=False)
-        task = self._progress.add_task(text, total=total)
-        yield lambda: self._progress.advance(task)
-        self._progress.update(task, completed=total)
 
 
 def _is_on(settings: RunnerSettings, what: Compare) -> bool:

@@ -13,12 +13,11 @@ from typing import Final
 
 from deepflow.bench.engine.profile import Clocks, Split
 from services.worker.flowserve.engine import Engine
+from services.worker.flowserve.life import local_request
 from services.worker.flowserve.outcome import StepOutput
 from shared.errors import Internal
-from shared.messages import Cancel, Request, Sampling
+from shared.messages import Cancel, Sampling
 
-_ROOT: Final = bytes(32)
-_DEADLINE_MS: Final = 86_400_000
 _SPARE_STEPS: Final = 16
 
 
@@ -126,20 +125,8 @@ class Driver:
 
     def _submit(self, prompt: Sequence[int], max_tokens: int) -> str:
         name = next(self._names)
-        request = Request(
-            request=name,
-            attempt=0,
-            client="",
-            model="",
-            tenant="",
-            prompt=list(prompt),
-            root=_ROOT,
-            hashes=[],
-            sampling=Sampling(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True),
-            deadline_ms=_DEADLINE_MS,
-            park_ms=0,
-        )
-        self._engine.submit(request)
+        sampling = Sampling(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True)
+        self._engine.submit(local_request(name, list(prompt), sampling))
         return name
 
     def _step(self) -> StepOutput:

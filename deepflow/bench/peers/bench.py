@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -25,6 +25,7 @@ from deepflow.bench.peers.figures import PeersReport
 from deepflow.bench.peers.plan import BARS, OURS, PEERS, Plan, Round
 from deepflow.bench.peers.results import Results
 from deepflow.bench.peers.roster import ROSTER, Peer, variants
+from deepflow.bench.progress import PullLines, step
 from services.worker.settings import compute_env, num_cores
 from shared.catalog import ModelFolder
 from shared.errors import InvalidRequest, Unavailable
@@ -46,10 +47,10 @@ _METHOD: Final = (
 async def set_up(model: ModelFolder, cache_dir: Path, peers: Sequence[str], bar: Progress) -> None:
     """Every environment and all weights, so that a later run only measures. Raises DeepFlowError."""
     root = cache_dir / "peers"
-    with _step(bar, "weights", 1):
-        weights.prepare(model.name, root / "weights", _Weights(bar))
+    with step(bar, "weights", 1):
+        weights.prepare(model.name, root / "weights", PullLines(bar.console))
     for peer in _chosen(peers):
-        with _step(bar, f"{peer.name}: its environment (when new, {peer.minutes})", 1):
+        with step(bar, f"{peer.name}: its environment (when new, {peer.minutes})", 1):
             await environment.ensure(peer, root, _log(root, f"{peer.name}-setup"))
 
 
@@ -72,7 +73,7 @@ async def bench_peers(
     chosen = _chosen(peers)
     described = machine.describe("numpy")
     arena = _Arena(model, cache_dir, plan, threads or num_cores(), seed, progress)
-    with _step(progress, "weights", 1):
+    with step(progress, "weights", 1):
         arena.prepare()
     measured: dict[str, figures.Rounds] = {}
     notes, settings = list(_METHOD), {}
@@ -134,7 +135,7 @@ class _Arena:
     def prepare(self) -> None:
         """The weights in the peers' forms."""
         folder = self._root / "weights"
-        self._weights = weights.prepare(self._model.name, folder, _Weights(self._progress))
+        self._weights = weights.prepare(self._model.name, folder, PullLines(self._progress.console))
 
     def results(self, peer: Peer, wanted: Wanted, *, fresh: bool) -> Results:
         """What there is with one peer already."""
@@ -144,7 +145,7 @@ class _Arena:
     async def compare(self, peer: Peer, wanted: Wanted, results: Results) -> dict[str, Any]:
         """The rounds with one peer that are not in `results` yet; what it said of itself. Raises Unavailable."""
         plan, progress = self._plan, self._progress
-        with _step(progress, f"{peer.name}: its environment (when new, {peer.minutes})", 1):
+        with step(progress, f"{peer.name}: its environment (when new, {peer.minutes})", 1):
             log = _log(self._root, f"{peer.name}-setup")
             folder = await environment.ensure(peer, self._root, log)
         missing = [
@@ -153,7 +154,7 @@ class _Arena:
         if not missing:
             return {"kept": "from an earlier run"}
         async with contextlib.AsyncExitStack() as open_:
-            with _step(progress, f"{peer.name}: loading", 2) as advance:
+            with step(progress, f"{peer.name}: loading", 2) as advance:
                 ours = await open_.enter_async_context(self._ours())
                 advance()
                 used = list(dict.fromkeys(name for names in wanted.values() for name in names))
@@ -161,7 +162,7 @@ class _Arena:
                 advance()
             duel = Duel(ours, theirs, plan, vocab=self._model.vocab, seed=self._seed)
             num_rounds = sum(plan.num_rounds - len(results.rounds[one.name]) for one in missing)
-            with _step(progress, f"{peer.name}: in turns", num_rounds) as advance:
+            with step(progress, f"{peer.name}: in turns", num_rounds) as advance:
 
                 def keep(point: str, one: Round) -> None:
                     results.add(point, one)
@@ -239,28 +240,3 @@ def _log(root: Path, name: str) -> Path:
     folder = root / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.log"
-
-
-class _Weights:
-    """What a pull tells, as lines of the bars' console."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._console = progress.console
-
-    def step(self, name: str, total_bytes: int) -> None:
-        """A new step begins."""
-        size = f" ({total_bytes / 1e6:.0f} MB)" if total_bytes else ""
-        self._console.print(f"  {name}{size}", markup=False)
-
-    def advance(self, num_bytes: int) -> None:
-        """Not shown."""
-
-
-@contextlib.contextmanager
-def _step(progress: Progress, text: str, total: int) -> Iterator[Callable[[], None]]:
-    """A line of progress; what it yields counts one part as done."""
-    if progress.disable:  # no terminal
-        progress.console.print(text, markup=False)
-    task = progress.add_task(text, total=total)
-    yield lambda: progress.advance(task)
-    progress.update(task, completed=total)

@@ -13,9 +13,29 @@ from services.worker.flowserve.outcome import ClientDelta, Ended, delta_of
 from services.worker.flowserve.scheduler import Scheduler
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
 from shared import errors
-from shared.messages import Cancel, Delta, Failure, Replay, Request
+from shared.messages import Cancel, Delta, Failure, Replay, Request, Sampling
 
 MAX_CHOICES = 128  # of one request
+_NO_DEADLINE_MS = 365 * 86_400_000
+
+
+def local_request(
+    name: str, prompt: list[int], sampling: Sampling, *, root: bytes = bytes(32)
+) -> Request:
+    """A request made where the engine is: no client, no tenant, no deadline. `root` begins its pages' hashes."""
+    return Request(
+        request=name,
+        attempt=0,
+        client="",
+        model="",
+        tenant="",
+        prompt=prompt,
+        root=root,
+        hashes=[],
+        sampling=sampling,
+        deadline_ms=_NO_DEADLINE_MS,
+        park_ms=0,
+    )
 
 
 class Requests:

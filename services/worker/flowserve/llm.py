@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from services.worker.flowserve.engine import Engine
+from services.worker.flowserve.life import local_request
 from shared import blockhash, catalog
 from shared.config import Reader, Settings
 from shared.errors import DeepFlowError, Internal, from_code
-from shared.messages import Cancel, Delta, Request, Sampling, TokenLogprobs
+from shared.messages import Cancel, Delta, Sampling, TokenLogprobs
 from shared.text.detokenizer import Detokenizer
 from shared.text.stopper import StopStrings
 from shared.text.template import ChatTemplate
 from shared.text.tokenizer import Tokenizer
-
-NO_DEADLINE_MS = 365 * 86_400_000
 
 Prompt = str | Sequence[int]
 
@@ -179,20 +178,7 @@ class FlowServe:
 
     def _submit(self, prompt: list[int], sampling: Sampling) -> str:
         name = str(next(self._numbers))
-        request = Request(
-            request=name,
-            attempt=0,
-            client="",
-            model="",
-            tenant="",
-            prompt=prompt,
-            root=self._root,
-            hashes=[],
-            sampling=sampling,
-            deadline_ms=NO_DEADLINE_MS,
-            park_ms=0,
-        )
-        self.engine.submit(request)
+        self.engine.submit(local_request(name, prompt, sampling, root=self._root))
         self._inbox[name] = deque()
         return name
 

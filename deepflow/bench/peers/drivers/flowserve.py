@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.worker.flowserve.engine import Engine
-from shared import blockhash
-from shared.messages import Cancel, Request, Sampling
+from services.worker.flowserve.life import local_request
+from shared.messages import Cancel, Sampling
 
 _ENDLESS: Final = 1 << 20  # tokens: a session ends by cancellation
-_DEADLINE_MS: Final = 86_400_000
 
 
 class Driver:
@@ -33,7 +31,6 @@ class Driver:
         self._engine = Engine.from_folder(
             Path(model), threads=threads, kv_tokens=num_tokens, max_num_seqs=max_num_seqs
         )
-        self._root = blockhash.root(secrets.token_bytes(32))
         self._names = map(str, count())
         self._open: list[str] = []
         self._settings = {"dtype": "w8a8", "threads": threads, "kv_tokens": num_tokens}
@@ -93,19 +90,5 @@ class Driver:
         sampling = Sampling(
             max_tokens=min(max_tokens, room), seed=0, temperature=0.0, ignore_eos=True
         )
-        self._engine.submit(
-            Request(
-                request=name,
-                attempt=0,
-                client="",
-                model="",
-                tenant="",
-                prompt=prompt,
-                root=self._root,
-                hashes=[],
-                sampling=sampling,
-                deadline_ms=_DEADLINE_MS,
-                park_ms=0,
-            )
-        )
+        self._engine.submit(local_request(name, prompt, sampling))
         return name
