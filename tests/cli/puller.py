@@ -7,6 +7,7 @@ advances count) it prints "stopped" and waits for a line on its standard input. 
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def tell(line: str) -> None:
 
 def main(reference: str, cache: str, name: str, stop_at: str) -> None:
     """See above."""
+    # Of a process that was started in the background, its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         model = pull(reference, Path(cache), name=name or None, progress=Told(int(stop_at)))
         tell(f"pulled {model.path}")
