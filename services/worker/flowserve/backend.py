@@ -77,7 +77,7 @@ def arithmetic(config: ModelConfig, *, dtype: str, kernels: str) -> str:
     """What tokens and KV pages depend on besides weights and page size: equal names compute equal bits."""
     chosen = choose_kernels(config, dtype=dtype, kernels=kernels)
     if chosen == "native":
-        chosen = f"native {native_decoder.VERSION}"
+        chosen = native_decoder.arithmetic()
     return f"{chosen} {RECIPE}" if dtype == "w8a8" else f"{chosen} {dtype}"
 
 

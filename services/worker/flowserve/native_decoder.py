@@ -25,9 +25,9 @@ from shared.errors import Internal
 
 LIBRARY: Final = Path(__file__).parent / "native" / "libflowserve.so"
 LANES: Final = 16  # positions of a block of keys and values; heads are padded to it in the cache
-ISAS: Final = ("avx2", "avx512")  # by the library's numbers
+ISAS: Final = ("avx2", "avx512", "avx512bf16")  # by the library's numbers
 MAX_HEAD_DIM: Final = 512
-VERSION: Final = 1  # changes with every change of a bit that a step computes
+VERSION: Final = 2  # changes with every change of a bit that a step computes
 # The library's parts, and what a reader of timings wants them summed to.
 _PARTS = ("embed", "norms", "linears", "attention", "linears", "linears", "linears", "head")
 
@@ -93,6 +93,12 @@ class _Step(Structure):
         ("logits", c_void_p),
         ("seconds", c_void_p),
     ]
+
+
+def arithmetic() -> str:
+    """What a step's bits depend on besides weights and page: with bfloat16 pairs, attention rounds its factors."""
+    bf16 = ISAS[_library().fs_best_isa()] == "avx512bf16"
+    return f"native {VERSION}{' bf16' if bf16 else ''}"
 
 
 def available() -> str | None:

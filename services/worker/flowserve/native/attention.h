@@ -56,41 +56,38 @@ struct Tile {
 
 // s[R][16 * NB] = q . keys, for NB blocks from `block` on.
 template <int R, int NB>
-INLINE void score(const float* const* q, const Tile& tile, int block, int64_t dims, float (*s)[TILE]) {
+INLINE void score(const Term* const* q, const Tile& tile, int block, int64_t dims, float (*s)[TILE]) {
   Floats acc[R][NB];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < NB; ++b) acc[r][b] = all(0.0f);
-  for (int64_t d = 0; d < dims; d += 2)
-    for (int b = 0; b < NB; ++b) {
-      const Pairs k = load_pairs(tile.keys[block + b] + d * LANES);
-      const Floats even = first(k), odd = second(k);
-      for (int r = 0; r < R; ++r) acc[r][b] = fma(odd, all(q[r][d + 1]), fma(even, all(q[r][d]), acc[r][b]));
+  for (int64_t d = 0; d < dims; d += 2) {
+    Pairs k[NB];
+    for (int b = 0; b < NB; ++b) k[b] = load_pairs(tile.keys[block + b] + d * LANES);
+    for (int r = 0; r < R; ++r) {
+      const Two x = both(q[r] + d);
+      for (int b = 0; b < NB; ++b) acc[r][b] = dot(x, k[b], acc[r][b]);
     }
+  }
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < NB; ++b) store(s[r] + (block + b) * LANES, acc[r][b]);
 }
 
-// values[R][16 * NV from d on] = values * scale + p . values of the tile's first `count` positions.
+// values[R][16 * NV from d on] = values * scale + p . values of the tile's first `count` positions; p is zero beyond.
 template <int R, int NV>
-INLINE void add_values(const float (*p)[TILE], const float* scale, const Tile& tile, int count, int64_t d,
+INLINE void add_values(const Term (*p)[TILE], const float* scale, const Tile& tile, int count, int64_t d,
                        int64_t dims, const Running* running) {
   Floats acc[R][NV];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < NV; ++v) acc[r][v] = load(running[r].values() + d + v * LANES) * all(scale[r]);
-  int i = 0;
-  for (; i + 1 < count; i += 2) {
+  for (int i = 0; i < count; i += 2) {
     const uint16_t* row = tile.values[i / LANES] + i % LANES * dims + 2 * d;
-    for (int v = 0; v < NV; ++v) {
-      const Pairs x = load_pairs(row + v * 2 * LANES);
-      const Floats even = first(x), odd = second(x);
-      for (int r = 0; r < R; ++r) acc[r][v] = fma(odd, all(p[r][i + 1]), fma(even, all(p[r][i]), acc[r][v]));
-    }
-  }
-  if (i < count) {  // the pair's second position was never written: whatever is there stays out
-    const uint16_t* row = tile.values[i / LANES] + i % LANES * dims + 2 * d;
-    for (int v = 0; v < NV; ++v) {
-      const Floats even = first(load_pairs(row + v * 2 * LANES));
-      for (int r = 0; r < R; ++r) acc[r][v] = fma(even, all(p[r][i]), acc[r][v]);
+    Pairs y[NV];
+    for (int v = 0; v < NV; ++v) y[v] = load_pairs(row + v * 2 * LANES);
+    if (i + 1 == count)  // the pair's second position was never written: whatever is there stays out
+      for (int v = 0; v < NV; ++v) y[v] = without_second(y[v]);
+    for (int r = 0; r < R; ++r) {
+      const Two x = both(p[r] + i);
+      for (int v = 0; v < NV; ++v) acc[r][v] = dot(x, y[v], acc[r][v]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -99,12 +96,13 @@ INLINE void add_values(const float (*p)[TILE], const float* scale, const Tile& t
 
 // One tile for R rows; `positions` ascend.
 template <int R>
-inline void attend_tile(const float* const* q, const int64_t* positions, int64_t window, const Tile& tile,
+APART void attend_tile(const Term* const* q, const int64_t* positions, int64_t window, const Tile& tile,
                         int64_t dims, const Running* running) {
   const int64_t last = positions[R - 1] - tile.start + 1;
   if (last <= 0) return;
   const int count = int(last < TILE ? last : TILE), num_blocks = (count + LANES - 1) / LANES;
   alignas(64) float s[R][TILE];
+  alignas(64) Term p[R][TILE];
   float scale[R];
   if (num_blocks == TILE / LANES) {
     for (int b = 0; b < TILE / LANES; b += WIDE) score<R, WIDE>(q, tile, b, dims, s);
@@ -128,7 +126,7 @@ inline void attend_tile(const float* const* q, const int64_t* positions, int64_t
     top = next;
     for (int b = 0; b < TILE / LANES; ++b) {
       x[b] = exp2(x[b] - all(next));
-      store(s[r] + b * LANES, x[b]);
+      store_terms(p[r] + b * LANES, x[b]);
     }
     float* sums = running[r].sums();
     store(sums, load(sums) * fade + ((x[0] + x[1]) + (x[2] + x[3])));
@@ -137,8 +135,9 @@ inline void attend_tile(const float* const* q, const int64_t* positions, int64_t
     scale[r] = lanes[0];
   }
   int64_t d = 0;
-  for (; d + WIDE * LANES <= dims; d += WIDE * LANES) add_values<R, WIDE>(s, scale, tile, count, d, dims, running);
-  for (; d < dims; d += LANES) add_values<R, 1>(s, scale, tile, count, d, dims, running);
+  for (; d + WIDE * LANES <= dims; d += WIDE * LANES)
+    add_values<R, WIDE>(p, scale, tile, count, d, dims, running);
+  for (; d < dims; d += LANES) add_values<R, 1>(p, scale, tile, count, d, dims, running);
 }
 
 // The rows (position, head of the group) of `count` positions of a sequence from `position` on, for one kv head. They are
@@ -158,7 +157,7 @@ inline int64_t rows_at_once(const Heads& heads) { return heads.group() > QUERY_R
 
 // Calls finish(query row, query head, total) for each row of an item that is not partial.
 template <class Finish>
-inline void attend(const Item& item, const Heads& heads, const float* queries, uint16_t* blocks, const int32_t* tables,
+inline void attend(const Item& item, const Heads& heads, const Term* queries, uint16_t* blocks, const int32_t* tables,
                    int64_t layer, int64_t window, Scratch& scratch, const Running& partials, Finish finish) {
   const int64_t group = heads.group(), num_rows = item.count * group, dims = heads.dims;
   const int32_t* table = tables + item.table;
@@ -181,7 +180,7 @@ inline void attend(const Item& item, const Heads& heads, const float* queries, u
         tile.values[b] = heads.place(blocks, layer, block, 1, item.head, position);
       }
       for (int64_t i = 0; i < num_rows;) {
-        const float* q[TOGETHER];
+        const Term* q[TOGETHER];
         int64_t positions[TOGETHER];
         Running rows[TOGETHER];
         const int n = int(num_rows - i < TOGETHER ? num_rows - i : TOGETHER);

@@ -1,4 +1,4 @@
-"""Builds the kernels: two instruction sets, one library with a C interface, no Python and no torch in it.
+"""Builds the kernels: three instruction sets, one library with a C interface, no Python and no torch in it.
 
 Runs when the package is built or installed (`hatch_build.py` calls `build`), or by hand: `python build.py`. Never at
 run time. Needs g++ 11 or newer (`CXX`: another command). This module must know nothing but the standard
@@ -31,7 +31,7 @@ _FLAGS = [
         "-Wall",
         "-Wextra",
     ),
-    # Sums round as they are written, so that all builds give the same bits.
+    # Sums round as they are written: what all builds compute alike has the same bits.
     *("-ffp-contract=off", "-fno-math-errno"),
     # GCC 12's own AVX-512 header trips these.
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
@@ -40,6 +40,7 @@ _AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
 _TARGETS = {  # linked in this order: of a function that both instantiate alike, the linker keeps the first
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [*_AVX512, "-mfma"],
+    "avx512bf16": [*_AVX512, "-mavx512bf16", "-mfma"],
 }
 
 

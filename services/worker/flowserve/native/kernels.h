@@ -11,6 +11,9 @@ constexpr int64_t MAX_HEAD_DIM = 512;
   void quantise(const float* x, int64_t num_groups, int8_t* codes, float* scales);                                   \
   void multiply_rows(const float* x, int64_t num_rows, const fs_linear& linear, float* y);
 
+namespace avx512bf16 {
+DECLARE_KERNELS
+}
 namespace avx512 {
 DECLARE_KERNELS
 }

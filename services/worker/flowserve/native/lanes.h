@@ -1,7 +1,8 @@
 // Sixteen lanes of float or int32, on AVX-512 (one register) or AVX2 (two).
 //
-// Kernels are written once over these lanes and compiled once for each instruction set. Every operation rounds alike
-// on both, and reductions over lanes go in one fixed order, so both give the same bits.
+// Kernels are written once over these lanes and compiled once for each instruction set. Every operation rounds alike on
+// all, and reductions over lanes go in one fixed order, so all give the same bits. One exception: where the processor
+// multiplies pairs of bfloat16, the factors of attention (`Term`) are rounded to that.
 #pragma once
 #include <immintrin.h>
 
@@ -10,6 +11,8 @@
 #include <cstring>
 
 #define INLINE inline __attribute__((always_inline))
+// One copy: where GCC inlined a tile into its callers, one of the copies ran at half the speed.
+#define APART __attribute__((noinline))
 
 namespace ISA {
 
@@ -42,12 +45,34 @@ INLINE Floats power_of_two(Ints n) {  // 2^n for -127 <= n <= 127; 2^-127 is 0
 INLINE Floats load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+INLINE void store_bf16(uint16_t* p, Floats a) {  // rounds to nearest even; what is not a number stays none
+  const __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 none = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, none, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(kept));
+}
 struct Pairs { __m512i v; };
 INLINE Pairs load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
 INLINE Floats first(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 INLINE Floats second(Pairs a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int32_t(0xffff0000))))};
 }
+// Two terms of a sum next to each other: fp32, or bfloat16 where the processor multiplies pairs of them.
+#ifdef __AVX512BF16__
+using Term = uint16_t;
+INLINE void store_terms(Term* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+struct Two { __m512i v; };
+INLINE Two both(const Term* p) {
+  int32_t two;
+  std::memcpy(&two, p, 4);
+  return {_mm512_set1_epi32(two)};
+}
+INLINE Floats dot(Two x, Pairs y, Floats acc) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)y.v, (__m512bh)x.v)}; }
+#endif
+INLINE Pairs without_second(Pairs a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
 INLINE void store_codes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a.v)); }
 INLINE Floats keep_first(Floats a, int n, float other) {  // lanes n and up become `other`; any n
   const __mmask16 kept = n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1;
@@ -97,6 +122,18 @@ INLINE __m256 half_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 INLINE Floats load_bf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+INLINE __m256i rounded_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(1);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+  const __m256i rounded = _mm256_srli_epi32(
+      _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256 none = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(none));
+}
+INLINE void store_bf16(uint16_t* p, Floats x) {  // rounds to nearest even; what is not a number stays none
+  const __m256i words = _mm256_packus_epi32(rounded_bf16(x.a), rounded_bf16(x.b));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(words, 0xd8));
+}
 struct Pairs { __m256i a, b; };
 INLINE Pairs load_pairs(const uint16_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))};
@@ -107,6 +144,10 @@ INLINE Floats first(Pairs x) {
 INLINE Floats second(Pairs x) {
   const __m256i mask = _mm256_set1_epi32(int32_t(0xffff0000));
   return {_mm256_castsi256_ps(_mm256_and_si256(x.a, mask)), _mm256_castsi256_ps(_mm256_and_si256(x.b, mask))};
+}
+INLINE Pairs without_second(Pairs x) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 INLINE void store_codes(int8_t* p, Ints x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
@@ -129,6 +170,14 @@ INLINE __m256 high(Floats x) { return x.b; }
 INLINE __m256i low(Ints x) { return x.a; }
 INLINE __m256i high(Ints x) { return x.b; }
 
+#endif
+
+#ifndef __AVX512BF16__
+using Term = float;
+INLINE void store_terms(Term* p, Floats a) { store(p, a); }
+struct Two { Floats even, odd; };
+INLINE Two both(const Term* p) { return {all(p[0]), all(p[1])}; }
+INLINE Floats dot(Two x, Pairs y, Floats acc) { return fma(second(y), x.odd, fma(first(y), x.even, acc)); }
 #endif
 
 // Over all lanes, as a tree: halves, quarters, pairs.
@@ -166,13 +215,6 @@ INLINE Floats exp2(Floats x) {
   p = fma(p, f, all(6.9314718e-1f));
   p = fma(p, f, all(1.0f));
   return p * power_of_two(n);
-}
-
-INLINE uint16_t to_bf16(float x) {  // round to nearest even; what is not a number stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
 }  // namespace ISA

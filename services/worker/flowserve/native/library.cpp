@@ -17,8 +17,12 @@ struct Kernels {
   void (*multiply_rows)(const float*, int64_t, const fs_linear&, float*);
 };
 
-const Kernels AVX512{avx512::create, avx512::destroy, avx512::run, avx512::quantise, avx512::multiply_rows};
-const Kernels AVX2{avx2::create, avx2::destroy, avx2::run, avx2::quantise, avx2::multiply_rows};
+#define KERNELS_OF(isa) \
+  { isa::create, isa::destroy, isa::run, isa::quantise, isa::multiply_rows }
+
+// By number. Each includes those before it; all but the last compute the same bits, since only it
+// multiplies queries and weights of attention in bfloat16.
+const Kernels KERNELS[] = {KERNELS_OF(avx2), KERNELS_OF(avx512), KERNELS_OF(avx512bf16)};
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -26,12 +30,13 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+bool has_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-// 0: AVX2, 1: AVX-512 with VNNI.
-const Kernels& kernels(int64_t isa) { return isa == 1 ? AVX512 : AVX2; }
+const Kernels& kernels(int64_t isa) { return KERNELS[isa]; }
 
 template <class Call>
 int guarded(Call call) {
@@ -62,10 +67,10 @@ EXPORT int64_t fs_abi() { return 1 << 24 | int64_t(sizeof(fs_model)) << 12 | int
 // What the library was built from, see build.py.
 EXPORT const char* fs_sources() { return SOURCES; }
 
-// The best instruction set of this processor: 1 AVX-512 with VNNI, 0 AVX2, -1 neither.
+// The best instruction set of this processor, by number: AVX2, AVX-512 with VNNI, and with bfloat16 too; -1: none.
 EXPORT int64_t fs_best_isa() {
   __builtin_cpu_init();
-  return has_avx512() ? 1 : has_avx2() ? 0 : -1;
+  return has_bf16() ? 2 : has_avx512() ? 1 : has_avx2() ? 0 : -1;
 }
 
 EXPORT void* fs_create(int64_t isa, int64_t num_threads) {

@@ -86,7 +86,7 @@ INLINE void tile(const Rows& rows, int64_t row, const fs_linear& linear, int64_t
 }
 
 template <int R>
-inline void panel_tile(const Rows& rows, int64_t row, const fs_linear& linear, int64_t panel, float* y,
+APART void panel_tile(const Rows& rows, int64_t row, const fs_linear& linear, int64_t panel, float* y,
                        int64_t stride) {
   for (int column = 0; column < PANEL / LANES; column += COLUMNS) tile<R>(rows, row, linear, panel, column, y, stride);
 }

@@ -17,7 +17,7 @@
 namespace ISA {
 namespace {
 
-constexpr int64_t ROW_BLOCK = 96;   // rows of one task of a product
+constexpr int64_t ROW_BLOCK = 256;  // rows of one task of a product: their codes stay in the second cache level
 constexpr int64_t SPLIT_BELOW = 8;  // rows of a chunk, below which its partitions are tasks of their own
 
 // Memory that only grows, aligned to cache lines.
@@ -50,7 +50,7 @@ class Runner {
 
   void step(const fs_model& model, const fs_cache& cache, const fs_step& step) {
     prepare(model, cache, step);
-    team_.step(9 * model.num_layers + 8, [&](int thread) { forward(model, cache, step, thread); });
+    team_.step(9 * model.num_layers + 8, [&](Team::Member& member) { forward(model, cache, step, member); });
   }
 
  private:
@@ -128,71 +128,71 @@ class Runner {
   }
 
   // What every thread does.
-  void forward(const fs_model& model, const fs_cache& cache, const fs_step& step, int thread) {
+  void forward(const fs_model& model, const fs_cache& cache, const fs_step& step, Team::Member& member) {
     const unsigned int mode = _mm_getcsr();
     _mm_setcsr(0x1f80);  // whatever others set for this thread: round to nearest, keep small numbers
-    Clock clock{step.seconds, thread == 0};
-    int64_t phase = 0;
+    Clock clock{step.seconds, member.thread == 0};
     float* x = x_;
     int64_t num_rows = step.num_rows;
     const float eps = float(model.norm_eps);
-    team_.run(phase++, num_rows, [&](int64_t i) { embed(model, step.tokens[i], x + i * width_, width_); });
+    member.run(num_rows, [&](int64_t i) { embed(model, step.tokens[i], x + i * width_, width_); });
     clock.lap(FS_EMBED);
     for (int64_t l = 0; l < model.num_layers; ++l) {
       const fs_layer& layer = model.layers[l];
       const bool is_last = l + 1 == model.num_layers;
-      normalise(phase++, x, num_rows, layer.attention_norm, model.width, eps, normed_);
+      normalise(member, x, num_rows, layer.attention_norm, model.width, eps, normed_);
       clock.lap(FS_NORM);
-      project_heads(phase++, layer, cache, step, l, num_rows, eps);
+      project_heads(member, layer, cache, step, l, num_rows, eps);
       clock.lap(FS_QKV);
       if (is_last && step.num_samples < num_rows) {
-        team_.run(phase++, step.num_samples, [&](int64_t i) {
+        member.run(step.num_samples, [&](int64_t i) {
           std::memcpy(last_x_ + i * width_, x + step.sample_rows[i] * width_, width_ * sizeof(float));
         });
         x = last_x_;
         num_rows = step.num_samples;
       }
-      attend_all(phase, is_last ? last_items_ : items_, is_last && step.num_samples < step.num_rows, layer, cache,
-                 step, l, thread);
-      phase += 2;
+      attend_all(member, is_last ? last_items_ : items_, is_last && step.num_samples < step.num_rows, layer, cache,
+                 step, l);
       clock.lap(FS_ATTENTION);
-      add_product(phase++, attended_, layer.out, x, num_rows);
+      add_product(member, attended_, layer.out, x, num_rows);
       clock.lap(FS_OUT);
-      normalise(phase++, x, num_rows, layer.mlp_norm, model.width, eps, normed_);
+      normalise(member, x, num_rows, layer.mlp_norm, model.width, eps, normed_);
       clock.lap(FS_NORM);
-      gate(phase++, layer.gate_up, num_rows);
+      gate(member, layer.gate_up, num_rows);
       clock.lap(FS_GATE_UP);
-      add_product(phase++, hidden_, layer.down, x, num_rows);
+      add_product(member, hidden_, layer.down, x, num_rows);
       clock.lap(FS_DOWN);
     }
-    normalise(phase++, x, num_rows, model.norm, model.width, eps, normed_);
+    normalise(member, x, num_rows, model.norm, model.width, eps, normed_);
     clock.lap(FS_NORM);
-    predict(phase++, model, num_rows, step.logits);
+    predict(member, model, num_rows, step.logits);
     clock.lap(FS_HEAD);
     _mm_setcsr(mode);
   }
 
-  void normalise(int64_t phase, const float* x, int64_t num_rows, const float* weight, int64_t width, float eps,
+  void normalise(Team::Member& member, const float* x, int64_t num_rows, const float* weight, int64_t width, float eps,
                  const Rows& to) {
-    team_.run(phase, num_rows, [&](int64_t i) { norm_and_quantise(x + i * width_, weight, width, eps, to.num_groups(), to.row(i)); });
-  }
-
-  // `each(panel or the like, first row, number of rows)` for blocks of rows, so that a task is neither tiny nor all.
-  template <class Each>
-  void over_blocks(int64_t phase, int64_t num_units, int64_t num_rows, Each each) {
-    const int64_t num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    team_.run(phase, num_units * num_blocks, [&](int64_t i) {
-      const int64_t block = i % num_blocks;
-      const int64_t begin = block * num_rows / num_blocks, end = (block + 1) * num_rows / num_blocks;
-      each(i / num_blocks, begin, end - begin);
+    member.run(num_rows, [&](int64_t i) {
+      norm_and_quantise(x + i * width_, weight, width, eps, to.num_groups(), to.row(i));
     });
   }
 
-  void project_heads(int64_t phase, const fs_layer& layer, const fs_cache& cache, const fs_step& step, int64_t l,
+  // `each(panel or the like, first row, number of rows)`, all panels of one block of rows before the next block.
+  template <class Each>
+  void over_blocks(Team::Member& member, int64_t num_units, int64_t num_rows, Each each) {
+    const int64_t num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    member.run(num_units * num_blocks, [&](int64_t i) {
+      const int64_t block = i / num_units;
+      const int64_t begin = block * num_rows / num_blocks, end = (block + 1) * num_rows / num_blocks;
+      each(i % num_units, begin, end - begin);
+    });
+  }
+
+  void project_heads(Team::Member& member, const fs_layer& layer, const fs_cache& cache, const fs_step& step, int64_t l,
                      int64_t num_rows, float eps) {
     const int64_t num_heads = heads_.num_heads, num_kv_heads = heads_.num_kv_heads, half = heads_.head_dim / 2;
     const int64_t panels = head_columns_ / PANEL;
-    over_blocks(phase, num_heads + 2 * num_kv_heads, num_rows, [&](int64_t head, int64_t first, int64_t count) {
+    over_blocks(member, num_heads + 2 * num_kv_heads, num_rows, [&](int64_t head, int64_t first, int64_t count) {
       for_tiles(first, count, [&](int64_t row, int n) {
         alignas(64) float y[ROWS * MAX_HEAD_DIM];
         for (int64_t p = 0; p < panels; ++p)
@@ -219,17 +219,17 @@ class Runner {
     });
   }
 
-  // Takes two phases: the items, and the merging of those that were split.
-  void attend_all(int64_t phase, const std::vector<Item>& items, bool compact, const fs_layer& layer,
-                  const fs_cache& cache, const fs_step& step, int64_t l, int thread) {
-    float* memory = scratch_ + 2 * thread * scratch_size_;
+  // The items, then the merging of those that were split.
+  void attend_all(Team::Member& member, const std::vector<Item>& items, bool compact, const fs_layer& layer,
+                  const fs_cache& cache, const fs_step& step, int64_t l) {
+    float* memory = scratch_ + 2 * member.thread * scratch_size_;
     Scratch scratch{{memory, heads_.dims}, {memory + scratch_size_, heads_.dims}};
     const auto finish = [&](int64_t row, int64_t head, const Running& total) { keep(row, head, total); };
-    team_.run(phase, int64_t(items.size()), [&](int64_t i) {
+    member.run(int64_t(items.size()), [&](int64_t i) {
       attend(items[i], heads_, queries_, cache.blocks, step.tables, l, layer.window, scratch, partials_, finish);
     });
     if (compact || merges_.empty()) return;
-    team_.run(phase + 1, int64_t(merges_.size()), [&](int64_t i) {
+    member.run(int64_t(merges_.size()), [&](int64_t i) {
       const Merge& merge = merges_[i];
       scratch.total.reset();
       for (int64_t part = 0; part < merge.num_parts; ++part)
@@ -250,10 +250,14 @@ class Runner {
   }
 
   // x += rows . linear
-  void add_product(int64_t phase, const Rows& rows, const fs_linear& linear, float* x, int64_t num_rows) {
-    over_blocks(phase, linear.num_outputs / PANEL, num_rows, [&](int64_t panel, int64_t first, int64_t count) {
+  void add_product(Team::Member& member, const Rows& rows, const fs_linear& linear, float* x, int64_t num_rows) {
+    over_blocks(member, linear.num_outputs / PANEL, num_rows, [&](int64_t panel, int64_t first, int64_t count) {
       for_tiles(first, count, [&](int64_t row, int n) {
         alignas(64) float y[ROWS * PANEL];
+        for (int r = 0; r < n; ++r) {  // from the second level, while the product runs
+          const float* to = x + (row + r) * width_ + panel * PANEL;
+          for (int64_t i = 0; i < PANEL; i += LANES) _mm_prefetch((const char*)(to + i), _MM_HINT_T0);
+        }
         multiply(rows, row, n, linear, panel, y, PANEL);
         for (int r = 0; r < n; ++r) {
           float* to = x + (row + r) * width_ + panel * PANEL;
@@ -265,8 +269,8 @@ class Runner {
   }
 
   // hidden = silu(gate) * up, two panels and so one group of hidden values at a time.
-  void gate(int64_t phase, const fs_linear& linear, int64_t num_rows) {
-    over_blocks(phase, linear.num_outputs / (2 * PANEL), num_rows, [&](int64_t group, int64_t first, int64_t count) {
+  void gate(Team::Member& member, const fs_linear& linear, int64_t num_rows) {
+    over_blocks(member, linear.num_outputs / (2 * PANEL), num_rows, [&](int64_t group, int64_t first, int64_t count) {
       for_tiles(first, count, [&](int64_t row, int n) {
         alignas(64) float y[ROWS * 2 * PANEL];
         multiply(normed_, row, n, linear, 2 * group, y, 2 * PANEL);
@@ -285,8 +289,8 @@ class Runner {
     return g / (all(1.0f) + exp2(g * all(-1.44269504f))) * u;
   }
 
-  void predict(int64_t phase, const fs_model& model, int64_t num_rows, float* logits) {
-    over_blocks(phase, model.head.num_outputs / PANEL, num_rows, [&](int64_t panel, int64_t first, int64_t count) {
+  void predict(Team::Member& member, const fs_model& model, int64_t num_rows, float* logits) {
+    over_blocks(member, model.head.num_outputs / PANEL, num_rows, [&](int64_t panel, int64_t first, int64_t count) {
       const int64_t left = std::min<int64_t>(PANEL, model.vocab - panel * PANEL);
       for_tiles(first, count, [&](int64_t row, int n) {
         float* to = logits + row * model.vocab + panel * PANEL;
@@ -315,9 +319,11 @@ class Runner {
   Team team_;
   Heads heads_{};
   int64_t head_columns_ = 0, width_ = 0, scratch_size_ = 0, num_partials_ = 0;
-  Buffer<float> x_buffer_, last_x_buffer_, query_buffer_, scratch_buffer_, partial_buffer_;
+  Buffer<Term> query_buffer_;
+  Buffer<float> x_buffer_, last_x_buffer_, scratch_buffer_, partial_buffer_;
   Buffer<Group> normed_buffer_, attended_buffer_, hidden_buffer_;
-  float *x_ = nullptr, *last_x_ = nullptr, *queries_ = nullptr, *scratch_ = nullptr;
+  float *x_ = nullptr, *last_x_ = nullptr, *scratch_ = nullptr;
+  Term* queries_ = nullptr;
   Rows normed_{}, attended_{}, hidden_{};
   Running partials_{};
   std::vector<int64_t> positions_, tables_;

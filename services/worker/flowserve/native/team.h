@@ -1,10 +1,11 @@
 // Threads that go through the phases of a step together, and wait for work rather than for each other.
 //
-// In a phase each thread takes the next tasks until there are none, and goes on once all tasks are done, whoever did
-// them. So a thread that the system holds up between two tasks delays no phase, and one held up in a task delays the
-// others by that task; only the end of a step is waited for by all. Waiting is a short spin, then sleep, which gives the
-// core to whoever is held up. (An OpenMP barrier waits for threads: with one other busy process on two cores, a decode
-// step of 8 ms took 180.)
+// In a phase each thread does the tasks of its own stretch, then what is left of the others', and goes on once all are
+// done, whoever did them. Neighbouring tasks share rows, weights and cache lines of their results, hence stretches. A
+// thread that the system holds up between two tasks delays no phase, and one held up in a task delays the others by
+// that task; only the end of a step is waited for by all. Waiting is a short spin, then sleep, which gives the core to
+// whoever is held up. (An OpenMP barrier waits for threads: with one other busy process on two cores, a decode step of
+// 8 ms took 180.)
 #pragma once
 #include <immintrin.h>
 
@@ -31,49 +32,76 @@ class Team {
   Team(const Team&) = delete;
   ~Team() { stop(); }
 
-  // `walk(thread)` on every thread: the same calls of `run`, with phases 0 to num_phases - 1 at most once each.
-  void step(int64_t num_phases, std::function<void(int)> walk) {
+  // One thread on its way through a step.
+  class Member {
+   public:
+    const int thread;
+
+    // `task(i)` for each i below num_tasks, on some thread; returns when all are done. Every member makes the same
+    // calls in the same order, as many as the step's phases at most.
+    template <class Task>
+    void run(int64_t num_tasks, Task task) {
+      team_.run(phase_++, thread, int32_t(num_tasks), task);
+    }
+
+   private:
+    friend class Team;
+    Member(Team& team, int thread) : thread(thread), team_(team) {}
+    Team& team_;
+    int64_t phase_ = 0;
+  };
+
+  // `walk(member)` on every thread.
+  void step(int64_t num_phases, std::function<void(Member&)> walk) {
     if (num_phases > num_phases_) {
-      phases_ = std::make_unique<Phase[]>(num_phases);
+      done_ = std::make_unique<Counter[]>(num_phases);
+      next_ = std::make_unique<Counter[]>(num_phases * num_threads_);
       num_phases_ = num_phases;
     }
-    for (int64_t i = 0; i < num_phases; ++i) {
-      phases_[i].next.store(0, std::memory_order_relaxed);
-      phases_[i].done.store(0, std::memory_order_relaxed);
-    }
+    for (int64_t i = 0; i < num_phases; ++i) done_[i].value.store(0, std::memory_order_relaxed);
+    for (int64_t i = 0; i < num_phases * num_threads_; ++i) next_[i].value.store(0, std::memory_order_relaxed);
     walk_ = std::move(walk);
     inside_.store(num_threads_ - 1, std::memory_order_relaxed);
     call();
-    walk_(0);
+    walk_as(0);
     wait(inside_, [](int32_t inside) { return inside == 0; });
   }
 
-  // `task(i)` for each i below num_tasks, on some thread; returns when all are done.
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int32_t> value{0};
+  };
+
   template <class Task>
-  void run(int64_t phase, int64_t num_tasks, Task task) {
+  void run(int64_t phase, int thread, int32_t total, Task& task) {
     if (num_threads_ == 1) {
-      for (int64_t i = 0; i < num_tasks; ++i) task(i);
+      for (int32_t i = 0; i < total; ++i) task(i);
       return;
     }
-    const int32_t total = int32_t(num_tasks), share = std::max(1, total / (num_threads_ * 32));
-    Phase& here = phases_[phase];
+    const int32_t share = std::max(1, total / (num_threads_ * 32));
     int32_t mine = 0;
-    for (;;) {
-      const int32_t first = here.next.fetch_add(share, std::memory_order_relaxed);
-      if (first >= total) break;
-      const int32_t end = std::min(first + share, total);
-      for (int32_t i = first; i < end; ++i) task(i);
-      mine += end - first;
+    for (int turn = 0; turn < num_threads_; ++turn) {
+      const int owner = (thread + turn) % num_threads_;
+      const int32_t begin = int32_t(int64_t(total) * owner / num_threads_);
+      const int32_t end = int32_t(int64_t(total) * (owner + 1) / num_threads_);
+      std::atomic<int32_t>& next = next_[phase * num_threads_ + owner].value;
+      for (;;) {
+        const int32_t first = begin + next.fetch_add(share, std::memory_order_relaxed);
+        if (first >= end) break;
+        const int32_t last = std::min(first + share, end);
+        for (int32_t i = first; i < last; ++i) task(i);
+        mine += last - first;
+      }
     }
-    if (mine && here.done.fetch_add(mine, std::memory_order_acq_rel) + mine == total) here.done.notify_all();
-    wait(here.done, [total](int32_t done) { return done == total; });
+    std::atomic<int32_t>& done = done_[phase].value;
+    if (mine && done.fetch_add(mine, std::memory_order_acq_rel) + mine == total) done.notify_all();
+    wait(done, [total](int32_t found) { return found == total; });
   }
 
- private:
-  struct alignas(64) Phase {
-    std::atomic<int32_t> next{0};
-    alignas(64) std::atomic<int32_t> done{0};
-  };
+  void walk_as(int thread) {
+    Member member(*this, thread);
+    walk_(member);
+  }
 
   template <class Enough>
   static int32_t wait(std::atomic<int32_t>& value, Enough enough) {
@@ -104,16 +132,16 @@ class Team {
     for (int32_t seen = 0;;) {
       seen = wait(called_, [seen](int32_t called) { return called != seen; });
       if (stopping_) return;
-      walk_(thread);
+      walk_as(thread);
       if (inside_.fetch_sub(1, std::memory_order_acq_rel) == 1) inside_.notify_all();
     }
   }
 
   const int num_threads_;
   std::vector<std::thread> threads_;
-  std::unique_ptr<Phase[]> phases_;
+  std::unique_ptr<Counter[]> done_, next_;  // [phases], [phases][threads]
   int64_t num_phases_ = 0;
-  std::function<void(int)> walk_;
+  std::function<void(Member&)> walk_;
   std::atomic<int32_t> called_{0}, inside_{0};
   std::atomic<bool> stopping_{false};
 };
