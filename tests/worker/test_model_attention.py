@@ -39,7 +39,7 @@ class _Paged:
         self.rows = [
             torch.randn(length, per_row, CONFIG.head_dim, generator=generator) for length in lengths
         ]
-        self.kv = KVCache.allocate(CONFIG, num_blocks=128)
+        self.kv = KVCache(CONFIG, num_blocks=128)
         free = list(range(128))
         random.Random(0).shuffle(free)
         self.tables = [[free.pop() for _ in range(-(-length // 16))] for length in lengths]
@@ -49,9 +49,8 @@ class _Paged:
         spans = [Span(start, length, self.tables[index]) for index, start, length in step]
         rows = torch.cat([self.rows[index][start : start + n] for index, start, n in step])
         plan = AttentionPlan(CONFIG, spans, self.kv, sizes)
-        heads = rows[:, : CONFIG.num_heads + CONFIG.num_kv_heads].contiguous()
-        plan.write(self.kv.layers[0], rows[:, CONFIG.num_heads :].contiguous())
-        result = plan.attend(heads, self.kv.layers[0], 100)
+        plan.write(self.kv.layers[0], *rows[:, CONFIG.num_heads :].chunk(2, dim=1))
+        result = plan.attend(self.kv.layers[0], rows[:, : CONFIG.num_heads], 100)
         return list(result.split([length for _, _, length in step]))
 
     def dense(self, index: int) -> torch.Tensor:
@@ -89,7 +88,7 @@ def test_rows_keep_their_bits(sizes: str) -> None:
 
 def test_a_page_must_divide_the_tile() -> None:
     """A page size that the tile cannot be cut into is refused."""
-    kv = KVCache.allocate(CONFIG, num_blocks=1, page=48)
+    kv = KVCache(CONFIG, num_blocks=1, page=48)
     with pytest.raises(ValueError, match="48"):
         AttentionPlan(CONFIG, [Span(0, 1, [0])], kv, SIZES["measured"])
 
@@ -97,6 +96,6 @@ def test_a_page_must_divide_the_tile() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
     """`bytes_per_block` is exact, but for the one spare block."""
-    kv = KVCache.allocate(CONFIG, num_blocks=7, dtype=dtype)
+    kv = KVCache(CONFIG, num_blocks=7, dtype=dtype)
     allocated = sum(layer.nbytes for layer in kv.layers)
     assert allocated == 8 * bytes_per_block(CONFIG, 16, dtype)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from services.worker.flowserve import native_decoder
 from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
-from services.worker.flowserve.torch_decoder import rms_norm, rotate, swiglu
+from services.worker.flowserve.device.cpu import rms_norm, rotate, swiglu
 from tests.worker.drive import PAGE, Driver, Sequence, load, random_ids
 from tests.worker.tiny import make_tiny
 

@@ -284,7 +284,7 @@ def test_kernels_and_cache_come_from_the_environment(
     monkeypatch.setenv("DEEPFLOW_KERNELS", "torch")
     monkeypatch.setenv("DEEPFLOW_CACHE", str(tmp_path / "cache"))
     decoder = load_decoder(make_tiny(tmp_path / "tiny"), threads=1)
-    assert decoder.description == "torch, w8a8, 1 threads"
+    assert decoder.description == "torch, 1 threads, w8a8"
     assert _files(tmp_path / "cache") == ["packed.safetensors"]
     with pytest.raises(ConfigError, match="DEEPFLOW_KERNELS"):
         read_kernels(Reader({"DEEPFLOW_KERNELS": "metal"}))

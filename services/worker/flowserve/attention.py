@@ -50,7 +50,7 @@ class _Group:
     """Items that go through the same calls: I of them, of P positions, in T tiles and B = I * num_kv_heads matrices of
     M rows.
 
-    `query_index` [B * M] picks rows of the heads, seen as [rows * (num_heads + num_kv_heads), head_dim]; `kv_index`
+    `query_index` [B * M] picks rows of the queries, seen as [rows * num_heads, head_dim]; `kv_index`
     [2 * T * B * blocks per tile] picks rows of the pages, seen as [blocks * 2 * num_kv_heads, page * head_dim].
     `masks`, by window, are 0 or -inf, [T, I, 1, P, 1, KV_TILE]; `mask_shape` is the scores' [T, I, kv heads, P, M / P,
     KV_TILE] that they broadcast to.
@@ -85,17 +85,16 @@ class AttentionPlan:
         for items, num_positions in self._partition(spans):
             base += self._add_group(items, num_positions, tables, base)
 
-    def write(self, layer: torch.Tensor, keys_values: torch.Tensor) -> None:
-        """Stores keys_values [rows, 2 * num_kv_heads, head_dim] (rotated keys, then values) in this layer's blocks."""
+    def write(self, layer: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores k (rotated) and v [rows, num_kv_heads, head_dim] in this layer's blocks."""
         head_dim = self._config.head_dim
-        rows = keys_values.view(-1, head_dim)
+        rows = torch.cat((k, v), dim=1).view(-1, head_dim)
         layer.view(-1, head_dim).index_copy_(0, self._slots, rows.to(layer.dtype))
 
-    def attend(self, heads: torch.Tensor, layer: torch.Tensor, window: int | None) -> torch.Tensor:
-        """heads [rows, num_heads + num_kv_heads, head_dim] (rotated; only the query heads are read), layer as written
-        -> [rows, num_heads * head_dim] fp32."""
+    def attend(self, layer: torch.Tensor, q: torch.Tensor, window: int | None) -> torch.Tensor:
+        """q [rows, num_heads, head_dim] (rotated), layer as written -> [rows, num_heads * head_dim] fp32."""
         head_dim = self._config.head_dim
-        queries = heads.view(-1, head_dim)
+        queries = q.reshape(-1, head_dim)
         pages = layer.view(-1, self._page * head_dim)
         parts = [self._attend_group(group, queries, pages, window) for group in self._groups]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -181,11 +180,11 @@ class AttentionPlan:
         row_of = (rows.unsqueeze(1) + offsets).view(num_items, 1, num_positions, 1)
         in_group = torch.arange(per_head).clamp_max(group - 1)
         head_of = torch.arange(num_kv_heads).view(-1, 1, 1) * group + in_group
-        query_index = row_of * (config.num_heads + num_kv_heads) + head_of
+        query_index = row_of * config.num_heads + head_of
         place = torch.arange(query_index.numel()).view(query_index.shape)
         wanted = real.view(num_items, 1, num_positions, 1) & (torch.arange(per_head) < group)
         wanted = wanted.expand(query_index.shape)
-        self._places[(row_of * config.num_heads + head_of)[wanted]] = base + place[wanted]
+        self._places[query_index[wanted]] = base + place[wanted]
 
         # Cache rows, [keys or values, T, I, kv head, block of the tile].
         per_tile = KV_TILE // self._page

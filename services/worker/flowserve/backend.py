@@ -48,10 +48,11 @@ def load_decoder(
         return decoder
     import torch
 
+    from services.worker.flowserve.device.cpu import CpuDevice
     from services.worker.flowserve.torch_decoder import TorchDecoder
 
     torch.set_num_threads(threads)
-    decoder = TorchDecoder.load(folder, dtype=dtype, cache_dir=cache)
+    decoder = TorchDecoder.load(folder, dtype=dtype, cache_dir=cache, device=CpuDevice())
     why = "wished" if kernels == "torch" else _why_not_native(config, dtype)
     log.note("decoder_loaded", model=folder.name, decoder=decoder.description, why_not_native=why)
     return decoder

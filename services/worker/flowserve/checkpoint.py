@@ -54,9 +54,21 @@ class Checkpoint:
             raise ModelError(f"{self._folder}: tensor {name!r} has type {dtype}, no float")
         return file.array(name), dtype
 
-    def floats(self, name: str, shape: tuple[int, ...]) -> Floats:
-        """A float32 copy of the tensor `name`."""
-        return as_floats(*self.stored(name, shape))
+    def floats(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Floats:
+        """A float32 copy of the tensor `name`, or of its `rows` and `columns`: no more is read than that."""
+        array, dtype = self.stored(name, shape)
+        if rows is not None:
+            array = array[rows.start : rows.stop]
+        if columns is not None:
+            array = array[..., columns.start : columns.stop]
+        return as_floats(array, dtype)
 
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:

@@ -1,4 +1,4 @@
-"""The paged KV cache: keys and values of all layers in blocks of `page` positions, addressed by block number.
+"""The paged KV cache in torch: keys and values of all layers in blocks of `page` positions, addressed by block number.
 
 Who owns a block is the engine's ledger (`blocks.py`); this module must not know sequences. One block more than asked
 for is kept and stays zero: it pads block tables, so that reading past a short sequence reads nobody's data.
@@ -6,37 +6,29 @@ for is kept and stays zero: it pads block tables, so that reading past a short s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from services.worker.flowserve.config import ModelConfig
 
 
-@dataclass(frozen=True, slots=True)
 class KVCache:
-    """`layers[i]` is [num_blocks + 1, 2 * num_kv_heads, page, head_dim]: the key heads, then the value heads.
+    """`layers[i]` is [num_blocks + 1, 2 * num_kv_heads, page, head_dim]: the key heads, then the value heads. Zeroed.
 
     A (block, head) pair is one contiguous [page, head_dim] matrix, so a tile of several blocks is gathered by rows into
     a contiguous operand of a matrix product.
     """
 
-    layers: tuple[torch.Tensor, ...]
-    num_blocks: int
-    page: int
-
-    @classmethod
-    def allocate(
-        cls,
+    def __init__(
+        self,
         config: ModelConfig,
-        *,
         num_blocks: int,
         page: int = 16,
         dtype: torch.dtype = torch.float32,
-    ) -> KVCache:
-        """A zeroed cache. The operating system hands out its memory page by page, as blocks are first written."""
+    ) -> None:
         shape = (config.num_layers, num_blocks + 1, 2 * config.num_kv_heads, page, config.head_dim)
-        return cls(tuple(torch.zeros(shape, dtype=dtype)), num_blocks, page)
+        self.layers = tuple(torch.zeros(shape, dtype=dtype))
+        self.num_blocks = num_blocks
+        self.page = page
 
     @property
     def null_block(self) -> int:

@@ -1,28 +1,19 @@
-"""Matrix products with weights, in torch: plain float, and W8A8 with exact integer accumulation.
+"""Matrix products with weights on the CPU, in torch: plain float, and W8A8 with exact integer accumulation.
 
-A `Linear` takes fp32 rows and gives fp32 rows; how the weights are kept is its own business. This module must not know
-what the products are for.
+Both take fp32 rows and give fp32 rows. This module must not know what the products are for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 
+from services.worker.flowserve.device.device import Rows
 from services.worker.flowserve.quantise import GROUP, Bits, Bytes, Floats, unpack
-
-Rows = tuple[Floats, Floats | None]  # weight [n, in] and bias [n]
-
-
-class Linear(Protocol):
-    """x fp32 [T, in] -> fp32 [T, out]."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class FloatLinear:
@@ -52,7 +43,8 @@ class FloatLinear:
 
 
 class Int8Linear:
-    """W8A8 from packed weights (`quantise.py`), of which the outputs `rows` are wanted, in that order.
+    """W8A8 from packed weights (`quantise.py`), of which the outputs `rows` are wanted, in that order, and the groups
+    `groups` of inputs.
 
     y = bias, then for each group of inputs, in order, y = y + float(sum) * weight scale * row scale, each operation
     rounded by itself. The sum is exact in int32 and all else is element-wise, so a row's result does not depend on
@@ -68,11 +60,14 @@ class Int8Linear:
         *,
         rows: npt.NDArray[np.intp],
         piece: int,
+        groups: slice = slice(None),
     ) -> None:
         plain, plain_scales = unpack(codes, scales)
-        grouped = plain[rows].reshape(len(rows), -1, GROUP).transpose(1, 0, 2)
+        grouped = plain[rows].reshape(len(rows), -1, GROUP)[:, groups].transpose(1, 0, 2)
         self._weight = torch.from_numpy(np.ascontiguousarray(grouped))  # [G, out, 32]
-        self._scales = torch.from_numpy(np.ascontiguousarray(plain_scales[rows].T))  # [G, out]
+        self._scales = torch.from_numpy(
+            np.ascontiguousarray(plain_scales[rows].T[groups])
+        )  # [G, out]
         self._bias = torch.zeros(len(rows)) if bias is None else torch.from_numpy(bias[rows])
         self._piece = piece
 

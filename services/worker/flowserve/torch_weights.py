@@ -1,12 +1,15 @@
-"""The weights of a torch decoder: from a checkpoint in float types, or from prepared weights in W8A8.
+"""The weights of a torch decoder, or of one executor's share: from a checkpoint in any type that its device serves, or
+from prepared weights in the CPU's W8A8.
 
-This module must not know the arithmetic between the products.
+A rank reads only the rows and columns that are its own. Where inputs are cut (`out`, `down`), the results of the ranks
+are to be added up, so one of them has the bias. This module must not know the arithmetic between the products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +17,32 @@ import torch
 
 from services.worker.flowserve.checkpoint import Checkpoint
 from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.device.device import Device, Embedding, Linear, Rows
 from services.worker.flowserve.layout import GATES, padded
-from services.worker.flowserve.linear import FloatLinear, Int8Linear, Linear, Rows
+from services.worker.flowserve.linear import Int8Linear
 from services.worker.flowserve.prepared import Prepared
-from services.worker.flowserve.quantise import PANEL, Floats
-from services.worker.flowserve.tensorfile import Array, as_floats
+from services.worker.flowserve.quantise import GROUP, PANEL
+from services.worker.flowserve.rank import Rank
+
+_EMBED = "model.embed_tokens"
+
+
+class Mlp(Protocol):
+    """What follows attention in a layer: x [T, width] -> [T, width], the share of this rank."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """SwiGLU between two products."""
+
+    device: Device
+    gate_up: Linear  # width -> 2 * hidden, the gate's half first
+    down: Linear  # hidden -> width
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.device.swiglu(self.gate_up(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,121 +51,172 @@ class Layer:
 
     attention_norm: torch.Tensor  # [width]
     qkv: Linear  # width -> (H + 2 * KH) * D
-    head_norm: torch.Tensor | None  # [H + KH, D], Qwen3's q_norm and k_norm
+    q_norm: torch.Tensor | None  # [D], Qwen3
+    k_norm: torch.Tensor | None
     out: Linear  # H * D -> width
     mlp_norm: torch.Tensor  # [width]
-    gate_up: Linear  # width -> 2 * hidden, the gate's half first
-    down: Linear  # hidden -> width
+    mlp: Mlp
     window: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of a decoder."""
+    """An executor's weights: `embed` in the first stage, `norm` and `head` in the last; both of this rank's tokens."""
 
-    embeddings: Array  # [vocab, width], as stored
-    embed_dtype: str
+    embed: Embedding | None
     layers: list[Layer]
-    norm: torch.Tensor  # [width]
-    head: Linear  # width -> vocab
-
-    def embed(self, tokens: list[int]) -> torch.Tensor:
-        """fp32 [T, width]."""
-        return torch.from_numpy(as_floats(self.embeddings[tokens], self.embed_dtype))
+    norm: torch.Tensor | None  # [width]
+    head: Linear | None  # width -> tokens of this rank
 
 
-def from_checkpoint(config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Weights:
-    """Products in `dtype`. Raises ModelError naming a tensor that is missing or odd."""
-    width, hidden = config.width, config.hidden
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def from_checkpoint(
+    config: ModelConfig, checkpoint: Checkpoint, dtype: str, device: Device, rank: Rank
+) -> Weights:
+    """Products in `dtype`; `config` is the whole model's. Raises ModelError naming a tensor that is missing or odd."""
+    width, hidden, head_dim = config.width, config.hidden, config.head_dim
+    activations = device.activations(dtype)
+    own_q, own_kv = (
+        range(heads.start * head_dim, heads.stop * head_dim)
+        for heads in (rank.heads(config), rank.kv_heads(config))
+    )
+    own_hidden, own_vocab = rank.hidden(hidden), rank.vocab(config.vocab)
+    num_q, num_kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
-    def linear(parts: dict[str, int], num_inputs: int, *, bias: bool = False) -> Linear:
-        """The weights named `parts` (with their numbers of outputs) as one product."""
+    def by_outputs(
+        parts: dict[str, tuple[int, range]], num_inputs: int, *, bias: bool = False
+    ) -> Linear:
+        """The matrices named `parts` (with their numbers of outputs, and those of this rank) as one product."""
 
         def read() -> Iterator[Rows]:
-            for name, size in parts.items():
-                weight = checkpoint.floats(f"{name}.weight", (size, num_inputs))
-                yield weight, checkpoint.floats(f"{name}.bias", (size,)) if bias else None
+            for name, (size, rows) in parts.items():
+                weight = checkpoint.floats(f"{name}.weight", (size, num_inputs), rows=rows)
+                weight = np.pad(weight, ((0, len(rows) - len(weight)), (0, 0)))
+                yield (
+                    weight,
+                    checkpoint.floats(f"{name}.bias", (size,), rows=rows) if bias else None,
+                )
 
-        return FloatLinear(read(), (sum(parts.values()), num_inputs), dtype)
+        num_outputs = sum(len(rows) for _, rows in parts.values())
+        return device.linear(read(), (num_outputs, num_inputs), dtype)
 
-    def norm(name: str, size: int = width) -> Floats:
-        return checkpoint.floats(f"{name}.weight", (size,))
+    def by_inputs(name: str, num_inputs: int, columns: range, *, bias: bool) -> Linear:
+        """The matrix `name`, of whose inputs this rank has `columns`."""
+
+        def read() -> Iterator[Rows]:
+            weight = checkpoint.floats(f"{name}.weight", (width, num_inputs), columns=columns)
+            is_first = bias and rank.tp == 0
+            yield weight, checkpoint.floats(f"{name}.bias", (width,)) if is_first else None
+
+        return device.linear(read(), (width, len(columns)), dtype)
+
+    def norm(name: str, size: int = width) -> torch.Tensor:
+        return device.tensor(checkpoint.floats(f"{name}.weight", (size,)), activations)
 
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        head_norm = None
-        if config.qk_norm:
-            norms = [norm(f"{attention}.{name}", config.head_dim) for name in ("q_norm", "k_norm")]
-            head_norm = _by_head(config, np.stack(norms))
         return Layer(
-            attention_norm=torch.from_numpy(norm(f"{prefix}.input_layernorm")),
-            qkv=linear(
-                {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv},
+            attention_norm=norm(f"{prefix}.input_layernorm"),
+            qkv=by_outputs(
+                {
+                    f"{attention}.q_proj": (num_q, own_q),
+                    f"{attention}.k_proj": (num_kv, own_kv),
+                    f"{attention}.v_proj": (num_kv, own_kv),
+                },
                 width,
                 bias=config.qkv_bias,
             ),
-            head_norm=head_norm,
-            out=linear({f"{attention}.o_proj": width}, q, bias=config.out_bias),
-            mlp_norm=torch.from_numpy(norm(f"{prefix}.post_attention_layernorm")),
-            gate_up=linear(
-                {f"{mlp}.gate_proj": hidden, f"{mlp}.up_proj": hidden}, width, bias=config.mlp_bias
+            q_norm=norm(f"{attention}.q_norm", head_dim) if config.qk_norm else None,
+            k_norm=norm(f"{attention}.k_norm", head_dim) if config.qk_norm else None,
+            out=by_inputs(f"{attention}.o_proj", num_q, own_q, bias=config.out_bias),
+            mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
+            mlp=DenseMlp(
+                device,
+                by_outputs(
+                    {
+                        f"{mlp}.gate_proj": (hidden, own_hidden),
+                        f"{mlp}.up_proj": (hidden, own_hidden),
+                    },
+                    width,
+                    bias=config.mlp_bias,
+                ),
+                by_inputs(f"{mlp}.down_proj", hidden, own_hidden, bias=config.mlp_bias),
             ),
-            down=linear({f"{mlp}.down_proj": width}, hidden, bias=config.mlp_bias),
             window=config.windows[index],
         )
 
-    name = "model.embed_tokens"
-    embeddings, embed_dtype = checkpoint.stored(f"{name}.weight", (config.vocab, width))
+    def embed() -> Embedding:
+        stored, stored_dtype = checkpoint.stored(f"{_EMBED}.weight", (config.vocab, width))
+        return device.embedding(stored[own_vocab.start : own_vocab.stop], stored_dtype, dtype)
+
+    def head() -> Linear:
+        name = _EMBED if config.tied else "lm_head"
+        return by_outputs({name: (config.vocab, own_vocab)}, width)
+
     return Weights(
-        embeddings=embeddings,
-        embed_dtype=embed_dtype,
-        layers=[layer(index) for index in range(config.num_layers)],
-        norm=torch.from_numpy(norm("model.norm")),
-        head=linear({name if config.tied else "lm_head": config.vocab}, width),
+        embed=embed() if rank.is_first else None,
+        layers=[layer(index) for index in rank.layers(config.num_layers)],
+        norm=norm("model.norm") if rank.is_last else None,
+        head=head() if rank.is_last else None,
     )
 
 
-def from_prepared(prepared: Prepared) -> Weights:
-    """Products in W8A8, unpacked into memory: the padding of outputs is left out, gate and up are told apart."""
+def from_prepared(prepared: Prepared, device: Device, rank: Rank) -> Weights:
+    """Products in the CPU's W8A8, unpacked into memory: outputs without padding, gate and up told apart."""
     config, arrays = prepared.config, prepared.arrays
+    width, head_dim = config.width, config.head_dim
+    q, kv = rank.heads(config), rank.kv_heads(config)
+    own_hidden, own_vocab = rank.hidden(config.hidden), rank.vocab(config.vocab)
 
-    def linear(name: str, rows: npt.NDArray[np.intp], piece: int) -> Linear:
+    def linear(
+        name: str,
+        rows: npt.NDArray[np.intp],
+        piece: int,
+        groups: slice = slice(None),
+        *,
+        bias: bool = True,
+    ) -> Linear:
         codes, scales = arrays[f"{name}.codes"], arrays[f"{name}.scales"]
-        return Int8Linear(codes, scales, arrays.get(f"{name}.bias"), rows=rows, piece=piece)
+        biases = arrays.get(f"{name}.bias") if bias else None
+        return Int8Linear(codes, scales, biases, rows=rows, piece=piece, groups=groups)
 
     def vector(name: str) -> torch.Tensor:
-        return torch.from_numpy(arrays[name].copy())  # torch wants memory that it may write
+        return device.tensor(arrays[name])
 
-    width, hidden, head_dim = config.width, config.hidden, config.head_dim
-    num_heads = config.num_heads + 2 * config.num_kv_heads
-    heads = np.arange(num_heads)[:, None] * padded(head_dim) + np.arange(head_dim)
-    gates = np.arange(hidden) // GATES * PANEL + np.arange(hidden) % GATES
+    first_value = config.num_heads + config.num_kv_heads
+    places = [*q, *(config.num_heads + h for h in kv), *(first_value + h for h in kv)]
+    heads = np.array(places)[:, None] * padded(head_dim) + np.arange(head_dim)
+    hidden = np.array(own_hidden)
+    gates = hidden // GATES * PANEL + hidden % GATES
+    per_head = padded(head_dim) // GROUP
+    head_groups = slice(q.start * per_head, q.stop * per_head)
+    hidden_groups = slice(own_hidden.start // GROUP, -(-own_hidden.stop // GROUP))
+    is_first = rank.tp == 0
 
     def layer(index: int) -> Layer:
         prefix = f"layers.{index}"
-        head_norm = arrays.get(f"{prefix}.head_norm")
+        norms = vector(f"{prefix}.head_norm") if config.qk_norm else None
+        every = np.arange(width)
         return Layer(
             attention_norm=vector(f"{prefix}.attention_norm"),
             qkv=linear(f"{prefix}.qkv", heads.reshape(-1), width),
-            head_norm=None if head_norm is None else _by_head(config, head_norm),
-            out=linear(f"{prefix}.out", np.arange(width), head_dim),
+            q_norm=None if norms is None else norms[0],
+            k_norm=None if norms is None else norms[1],
+            out=linear(f"{prefix}.out", every, head_dim, head_groups, bias=is_first),
             mlp_norm=vector(f"{prefix}.mlp_norm"),
-            gate_up=linear(f"{prefix}.gate_up", np.concatenate((gates, gates + GATES)), width),
-            down=linear(f"{prefix}.down", np.arange(width), hidden),
+            mlp=DenseMlp(
+                device,
+                linear(f"{prefix}.gate_up", np.concatenate((gates, gates + GATES)), width),
+                linear(f"{prefix}.down", every, len(hidden), hidden_groups, bias=is_first),
+            ),
             window=config.windows[index],
         )
 
+    tokens = np.minimum(np.array(own_vocab), config.vocab - 1)
+    embed = arrays["embed"][own_vocab.start : own_vocab.stop]
     return Weights(
-        embeddings=arrays["embed"],
-        embed_dtype="F32",
-        layers=[layer(index) for index in range(config.num_layers)],
-        norm=vector("norm"),
-        head=linear("head", np.arange(config.vocab), width),
+        embed=device.embedding(embed, "F32", "w8a8") if rank.is_first else None,
+        layers=[layer(index) for index in rank.layers(config.num_layers)],
+        norm=vector("norm") if rank.is_last else None,
+        head=linear("head", tokens, width) if rank.is_last else None,
     )
-
-
-def _by_head(config: ModelConfig, norms: Floats) -> torch.Tensor:
-    """q_norm and k_norm [2, D] -> [H + KH, D], one row for each head that has a norm."""
-    return torch.from_numpy(norms.repeat((config.num_heads, config.num_kv_heads), axis=0))

@@ -1,0 +1,1 @@
+"""What differs between devices: one protocol and its implementations."""
