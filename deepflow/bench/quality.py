@@ -22,12 +22,12 @@ from deepflow.bench import machine
 from deepflow.bench.report import Bar, Report
 from services.worker.flowserve.backend import load_decoder
 from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
-from services.worker.settings import PAGE
 from shared.catalog import ModelFolder
 from shared.text.tokenizer import Tokenizer
 
 PROSE: Final = Path(__file__).parent / "prose" / "debian-handbook.txt"
 WINDOW: Final = 1024  # tokens that see each other
+_PAGE: Final = 16
 _CHUNK: Final = 128  # rows of one step: their logits take CHUNK * vocab * 4 bytes in each decoder
 
 BARS: Final = (
@@ -106,7 +106,7 @@ def bench_quality(
         for name in (reference, dtype)
     ]
     for decoder in decoders:
-        decoder.allocate(_num_blocks(window), PAGE)
+        decoder.allocate(_num_blocks(window), _PAGE)
     comparison = Comparison(*decoders)
     if progress.disable:  # no terminal
         progress.console.print(f"{len(texts)} windows of {window} tokens", markup=False)
@@ -185,7 +185,7 @@ def steps(text: list[int]) -> Iterator[tuple[int, StepInput]]:
 
 
 def _num_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE)
+    return -(-num_tokens // _PAGE)
 
 
 def _log_sum_exp(logits: Floats) -> npt.NDArray[np.float64]:

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Final
 
 from services.worker.flowserve.engine import Engine
 from services.worker.flowserve.life import local_request
-from services.worker.settings import PAGE
 from shared.messages import Sampling
 
 if TYPE_CHECKING:
     from services.worker.settings import TeSettings
     from shared.catalog import ModelFolder
 
-# With three tokens of output no page is computed whole: nothing enters the index.
-_WARM_UP_PROMPT: Final = PAGE - 3
+# With three tokens of output no page is computed whole, not even the smallest: nothing enters the index.
+_WARM_UP_PROMPT: Final = 13
 
 
 def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
@@ -28,7 +27,9 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
         dtype=settings.dtype,
         kv_tokens=settings.kv_tokens or None,
         kv_bytes=settings.kv_bytes,
-        page=PAGE,
+        tp=settings.tp,
+        pp=settings.pp,
+        device=settings.device,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
         threads=settings.threads,

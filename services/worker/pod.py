@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Final
 
 from services.worker.child import Child
 from services.worker.meters import Meters
-from services.worker.recipe import model_entry, served_context
+from services.worker.recipe import model_entry, pick_backend, served_context
 from services.worker.registrar import Registrar
-from services.worker.settings import PAGE, WorkerSettings, for_te
+from services.worker.settings import WorkerSettings, for_te
 from shared.catalog import open_model
 from shared.errors import DeepFlowError
 from shared.liveness import Liveness
@@ -76,14 +76,10 @@ class Pod:
         service, settings = self._service, self._settings
         for name in settings.models:
             folder = open_model(settings.cache_dir, name)
-            context = served_context(folder, settings, page=PAGE)
-            entry = model_entry(
-                folder, dtype=settings.dtype, kernels=settings.kernels, page=PAGE, context=context
-            )
+            backend = pick_backend(folder, settings)
+            entry = model_entry(folder, backend, context=served_context(backend, settings))
             self._registrar.put("models", name, entry)
-        registration = Registration(
-            kind="pod", id=service.id, host=host_name(), pid=os.getpid(), page=PAGE
-        )
+        registration = Registration(kind="pod", id=service.id, host=host_name(), pid=os.getpid())
         self._registrar.put("registrations", service.id, registration)
         self._bus.on_disconnect(self._liveness.hold)
         self._bus.on_reconnect(lambda: self._liveness.resume(time.monotonic()))

@@ -15,10 +15,9 @@ from shared.config import ConfigError, Reader, Settings
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("w8a8", "fp32", "bf16")
 KERNELS = ("auto", "native", "torch")
-PAGE = 16  # tokens per KV page on CPU and CUDA; also the hash granularity
 _KV_BYTES = 1 << 30
 
 
@@ -29,6 +28,8 @@ class WorkerSettings(Settings):
     models: tuple[str, ...]
     num_tes: int  # of each model
     device: str  # auto: the best there is
+    tp: int  # executors that share each layer of a model
+    pp: int  # stages of layers, each of `tp` executors
     dtype: str
     kernels: str  # what computes w8a8; auto: native where this processor and installation have it
     kv_bytes: int  # per TE; counts only where `kv_tokens` is 0
@@ -38,7 +39,7 @@ class WorkerSettings(Settings):
     asynchronous: bool  # plan a step while the one before it runs
     speculation: int  # guesses a step may check for one choice; 0: none
     max_waiting: int
-    threads: int  # compute threads of one TE
+    threads: int  # compute threads of one executor
     load_timeout_s: float  # a TE that is not ready by then is replaced
 
     @classmethod
@@ -54,11 +55,15 @@ class WorkerSettings(Settings):
         max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
         dtype = reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES)
         kernels = read_kernels(reader)
-        native = dtype == "w8a8" and kernels != "torch"
+        tp = reader.integer("DEEPFLOW_TP", 1, 1, 64)
+        pp = reader.integer("DEEPFLOW_PP", 1, 1, 64)
+        native = dtype == "w8a8" and kernels != "torch" and tp * pp == 1
         return Settings.read(reader) | {
             "models": models,
             "num_tes": num_tes,
             "device": reader.choice("DEEPFLOW_DEVICE", "auto", DEVICES),
+            "tp": tp,
+            "pp": pp,
             "dtype": dtype,
             "kernels": kernels,
             "kv_bytes": reader.integer("DEEPFLOW_KV_BYTES", _KV_BYTES, 1, 1 << 50),
@@ -72,7 +77,7 @@ class WorkerSettings(Settings):
             "speculation": reader.integer("DEEPFLOW_SPECULATION", 0, 0, 64),
             "max_waiting": reader.integer("DEEPFLOW_MAX_WAITING", 256, 0, 1 << 20),
             "threads": threads
-            or default_threads(num_cores(), num_tes * len(models), native=native),
+            or default_threads(num_cores(), num_tes * len(models) * tp * pp, native=native),
             "load_timeout_s": reader.number("DEEPFLOW_LOAD_TIMEOUT_S", 600.0, 1.0, 86400.0),
         }
 

@@ -20,9 +20,9 @@ from services.worker.admission import Admission
 from services.worker.clients import Clients
 from services.worker.loop import EngineLoop, Report
 from services.worker.pulse import Pulse
-from services.worker.recipe import recipe_digest
+from services.worker.recipe import pick_backend, recipe_digest
 from services.worker.registrar import Registrar
-from services.worker.settings import PAGE, TeSettings
+from services.worker.settings import TeSettings
 from shared.bus import failure
 from shared.errors import DeepFlowError, TooLarge, Unavailable
 from shared.messages import (
@@ -64,6 +64,7 @@ class Shell:
         self, service: Service[TeSettings], folder: ModelFolder, load: Callable[[], Engine]
     ) -> None:
         settings = service.settings
+        backend = pick_backend(folder, settings)
         self._service = service
         self._bus = service.bus
         self._log = service.log
@@ -76,10 +77,8 @@ class Shell:
             pid=os.getpid(),
             model=settings.model,
             pod=settings.pod,
-            page=PAGE,
-            recipe_digest=recipe_digest(
-                folder, dtype=settings.dtype, kernels=settings.kernels, page=PAGE
-            ),
+            page=backend.page,
+            recipe_digest=recipe_digest(folder, backend),
         )
         self._state = "loading"
         self._pulse = Pulse()

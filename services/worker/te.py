@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from services.worker.child import attach
+from services.worker.flowserve.device.pick import pick
 from services.worker.loop import SWITCH_INTERVAL_S
 from services.worker.settings import TeSettings
 from services.worker.shell import Shell
@@ -25,9 +26,9 @@ async def open_te(service: Service[TeSettings]) -> None:
     attach(service.id)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = service.settings
-    why = "it is set" if settings.device == "cpu" else "no other device is served yet"
-    service.log.info("device_picked", device="cpu", why=why, threads=settings.threads)
     folder = open_model(settings.cache_dir, settings.model)
+    picked = pick(settings.device)
+    service.log.info("device_picked", device=picked.name, why=picked.why, threads=settings.threads)
 
     def load() -> Engine:
         from services.worker.loading import load_engine

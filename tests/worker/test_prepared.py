@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from services.worker.flowserve import native_decoder
-from services.worker.flowserve.backend import choose_kernels, load_decoder
+from services.worker.flowserve.backend import Backend, load_decoder
 from services.worker.flowserve.checkpoint import Checkpoint
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Floats
@@ -260,19 +261,25 @@ def test_the_choice_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Native where it computes the dtype, holds the heads and was built; asked for in vain, it says why."""
     folder = make_tiny(tmp_path / "tiny")
     config = ModelConfig.from_folder(folder)
+    pick = partial(Backend.pick, config, device="cpu")
     why_not = native_decoder.available()
     best = "native" if why_not is None else "torch"
-    assert choose_kernels(config, dtype="w8a8", kernels="auto") == best
-    assert choose_kernels(config, dtype="w8a8", kernels="torch") == "torch"
-    assert choose_kernels(config, dtype="fp32", kernels="auto") == "torch"
+    assert pick().kernels == best
+    assert pick(kernels="torch").kernels == "torch"
+    assert pick(dtype="fp32").kernels == "torch"
+    assert pick(tp=2).kernels == "torch"
     with pytest.raises(ModelError, match="not fp32"):
-        choose_kernels(config, dtype="fp32", kernels="native")
+        pick(dtype="fp32", kernels="native")
     with pytest.raises(ModelError, match="unknown kernels 'metal'"):
-        choose_kernels(config, dtype="w8a8", kernels="metal")
+        pick(kernels="metal")
+    with pytest.raises(ModelError, match="unknown dtype 'fp4'"):
+        pick(dtype="fp4")
+    with pytest.raises(ModelError, match="3 ranks cannot share 4 attention heads"):
+        pick(tp=3)
     large = ModelConfig.from_folder(make_tiny(tmp_path / "large", head_dim=1024, layers=1))
-    assert choose_kernels(large, dtype="w8a8", kernels="auto") == "torch"
+    assert Backend.pick(large, device="cpu").kernels == "torch"
     monkeypatch.setattr(native_decoder, "LIBRARY", tmp_path / "nowhere.so")
-    assert choose_kernels(config, dtype="w8a8", kernels="auto") == "torch"
+    assert pick().kernels == "torch"
     with pytest.raises(ModelError, match="not built"):
         load_decoder(folder, cache_dir=tmp_path, kernels="native")
 

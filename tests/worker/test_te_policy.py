@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from services.worker.admission import REMEMBERED_S, Admission
 from services.worker.clients import GRACE_S, SILENCE_S, Clients
+from services.worker.flowserve.backend import Backend
+from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.engine import Engine
 from services.worker.pulse import FORGIVEN_S, Pulse
-from services.worker.recipe import model_entry, recipe_digest, served_context
-from services.worker.settings import PAGE, TeSettings, WorkerSettings, for_te
+from services.worker.recipe import model_entry, pick_backend, recipe_digest, served_context
+from services.worker.settings import TeSettings, WorkerSettings, for_te
 from services.worker.tally import Tally
 from shared.catalog import open_model
 from shared.config import ConfigError
@@ -287,16 +289,18 @@ def test_the_recipe_covers_weights_arithmetic_and_page(tmp_path: Path) -> None:
     """Other weights, another arithmetic or another page size give another digest, the same give the same."""
     make_model(tmp_path)
     folder = open_model(tmp_path, MODEL)
-    same: dict[str, Any] = {"dtype": "w8a8", "kernels": "torch", "page": 16}
-    entry = model_entry(folder, **same, context=4096)
-    assert entry.recipe_digest == recipe_digest(folder, **same)
+    config = ModelConfig.from_folder(folder.path)
+    backend = Backend.pick(config, device="cpu", kernels="torch")
+    entry = model_entry(folder, backend, context=4096)
+    assert entry.recipe_digest == recipe_digest(folder, backend)
     assert (entry.name, entry.context, entry.vocab, entry.page) == (MODEL, 4096, 512, 16)
     others = {
-        recipe_digest(folder, **same | {"dtype": "fp32"}),
-        recipe_digest(folder, **same | {"page": 128}),
-        recipe_digest(replace(folder, weights_digest="tiny-1"), **same),
+        recipe_digest(folder, replace(backend, dtype="fp32")),
+        recipe_digest(folder, replace(backend, device="npu")),  # pages of 128 tokens
+        recipe_digest(folder, replace(backend, tp=2)),
+        recipe_digest(replace(folder, weights_digest="tiny-1"), backend),
     }
-    assert len(others | {entry.recipe_digest}) == 4
+    assert len(others | {entry.recipe_digest}) == 5
 
 
 @pytest.mark.parametrize("dtype", ["w8a8", "fp32", "bf16"])
@@ -314,10 +318,9 @@ def test_the_catalogue_tells_the_context_that_the_engine_has(
         dtype=dtype,
         kv_tokens=settings.kv_tokens or None,
         kv_bytes=settings.kv_bytes,
-        page=PAGE,
         cache_dir=tmp_path,
     )
-    assert served_context(folder, settings, page=PAGE) == engine.context
+    assert served_context(pick_backend(folder, settings), settings) == engine.context
     assert (engine.context == folder.context) == (not room)
 
 
@@ -327,7 +330,7 @@ def test_a_model_that_cannot_be_served_is_refused_before_a_te_is_started(tmp_pat
     folder = open_model(tmp_path, MODEL)
     (folder.path / "config.json").write_text('{"architectures": ["NobodyKnows"]}')
     with pytest.raises(InvalidRequest, match="NobodyKnows"):
-        served_context(folder, WorkerSettings.load({}), page=PAGE)
+        pick_backend(folder, WorkerSettings.load({}))
 
 
 def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
@@ -348,7 +351,7 @@ def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
         ("DEEPFLOW_MODELS", " , "),
         ("DEEPFLOW_WORKERS", "0"),
         ("DEEPFLOW_DTYPE", "int4"),
-        ("DEEPFLOW_DEVICE", "cuda"),
+        ("DEEPFLOW_DEVICE", "tpu"),
         ("DEEPFLOW_MAX_BATCHED_TOKENS", "8"),
         ("DEEPFLOW_KV_BYTES", "1G"),
     ],

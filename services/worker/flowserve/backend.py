@@ -1,18 +1,22 @@
-"""Which decoder serves a model: native kernels or torch, by arithmetic, processor and what is wished.
+"""What computes a model: the device, the kernels, the arithmetic, and over how many executors.
 
-torch takes seconds to import, so it is imported here and only where it is going to compute. This module must not know
-how either computes.
+Picked once, from settings and machine, before anything is loaded: a model's KV pages are named by it. torch takes
+seconds to import, so it is imported here and only where it is going to compute. This module must not know how anything
+computes.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.worker.flowserve import native_decoder
 from services.worker.flowserve.config import ModelConfig, ModelError
+from services.worker.flowserve.device import pick
 from services.worker.flowserve.prepared import RECIPE, open_prepared
+from services.worker.flowserve.rank import Rank
 from services.worker.settings import DTYPES, KERNELS, default_threads, num_cores, read_kernels
 from shared import log
 from shared.config import Reader, Settings
@@ -21,79 +25,143 @@ if TYPE_CHECKING:
     from services.worker.flowserve.decoder import Decoder
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """`device` is cpu, cuda or npu, `kernels` native or torch, `dtype` w8a8, fp32 or bf16; `tp` slices of `pp` stages.
+    `why` says in words why this device and these kernels."""
+
+    config: ModelConfig
+    device: str
+    kernels: str
+    dtype: str
+    tp: int
+    pp: int
+    why: str
+
+    @classmethod
+    def pick(
+        cls,
+        config: ModelConfig,
+        *,
+        device: str = "auto",
+        dtype: str = "w8a8",
+        kernels: str = "auto",
+        tp: int = 1,
+        pp: int = 1,
+    ) -> Backend:
+        """Raises ModelError for an unknown device, dtype or kernels, for native ones that cannot be had, and where the
+        model cannot be cut into `tp` times `pp` parts."""
+        if dtype not in DTYPES:
+            raise ModelError(f"unknown dtype {dtype!r}; served are {', '.join(DTYPES)}")
+        if kernels not in KERNELS:
+            raise ModelError(f"unknown kernels {kernels!r}; there are {', '.join(KERNELS)}")
+        picked = pick.pick(device)
+        Rank(tp_size=tp, pp_size=pp).part(config)
+        why_not = _why_not_native(config, picked.name, dtype, tp * pp)
+        if kernels == "native" and why_not is not None:
+            raise ModelError(f"native kernels are wished for, but {why_not}")
+        native = kernels != "torch" and why_not is None
+        reasons = [f"{picked.name}: {picked.why}"]
+        if not native:
+            reasons.append(f"torch: {'it is set' if kernels == 'torch' else why_not}")
+        return cls(
+            config=config,
+            device=picked.name,
+            kernels="native" if native else "torch",
+            dtype=dtype,
+            tp=tp,
+            pp=pp,
+            why="; ".join(reasons),
+        )
+
+    @property
+    def page(self) -> int:
+        """Tokens of a KV block, and of a page that is hashed."""
+        return pick.PAGES[self.device]
+
+    @property
+    def arithmetic(self) -> str:
+        """What tokens and KV pages depend on besides weights and page: equal names compute equal bits."""
+        if self.kernels == "native":
+            return f"{native_decoder.arithmetic()} {RECIPE}"
+        computes = "torch" if self.device == "cpu" else f"torch {self.device}"
+        parts = "" if self.tp == self.pp == 1 else f" tp{self.tp} pp{self.pp}"
+        recipe = RECIPE if (self.device, self.dtype) == ("cpu", "w8a8") else self.dtype
+        return f"{computes}{parts} {recipe}"
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of the executor with the most layers, as its decoder says once it is loaded."""
+        if self.kernels == "native":
+            return native_decoder.bytes_per_block(self.config, self.page)
+        stages = (Rank(tp_size=self.tp, pp=pp, pp_size=self.pp) for pp in range(self.pp))
+        most = max((rank.part(self.config) for rank in stages), key=lambda part: part.num_layers)
+        elements = most.num_layers * 2 * most.num_kv_heads * self.page * most.head_dim
+        return elements * (4 if self.dtype == "fp32" else 2)
+
+    def load(self, folder: Path, *, threads: int, cache_dir: Path) -> Decoder:
+        """The decoder for the model in `folder`; prepared weights are kept below `cache_dir`. Raises ModelError naming
+        what is wrong with the model or missing for the device."""
+        decoder: Decoder
+        if self.kernels == "native":
+            decoder = native_decoder.NativeDecoder(
+                open_prepared(folder, cache_dir), threads=threads
+            )
+        else:
+            decoder = self._load_torch(folder, threads, cache_dir)
+        log.note("decoder_loaded", model=folder.name, decoder=decoder.description, why=self.why)
+        return decoder
+
+    def _load_torch(self, folder: Path, threads: int, cache_dir: Path) -> Decoder:
+        import torch
+
+        from services.worker.flowserve.torch_decoder import TorchDecoder
+
+        torch.set_num_threads(threads)
+        device = pick.open_device(self.device)
+        return TorchDecoder.load(folder, dtype=self.dtype, cache_dir=cache_dir, device=device)
+
+
 def load_decoder(
     folder: Path,
     *,
     dtype: str = "w8a8",
+    device: str = "auto",
     threads: int | None = None,
     cache_dir: Path | None = None,
     kernels: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
 ) -> Decoder:
-    """The decoder for the model in `folder`, whose W8A8 weights are prepared below `cache_dir`.
+    """The decoder for the model in `folder`, as `Backend.pick` and `Backend.load` find it.
 
-    `kernels` is auto, native or torch. It and `cache_dir`, where None, are what `DEEPFLOW_KERNELS` and `DEEPFLOW_CACHE`
-    say, `threads` this machine's share (`default_threads`). Raises ModelError naming what is wrong with the model, or
-    why native kernels cannot be had.
+    `kernels` and `cache_dir`, where None, are what `DEEPFLOW_KERNELS` and `DEEPFLOW_CACHE` say, `threads` this
+    machine's share (`default_threads`). Raises ModelError.
     """
     reader = Reader(os.environ)
-    kernels = kernels or read_kernels(reader)
-    cache: Path = cache_dir or Settings.read(reader)["cache_dir"]
-    config = ModelConfig.from_folder(folder)
-    decoder: Decoder
-    native = choose_kernels(config, dtype=dtype, kernels=kernels) == "native"
-    threads = threads or default_threads(num_cores(), 1, native=native)
-    if native:
-        decoder = native_decoder.NativeDecoder(open_prepared(folder, cache), threads=threads)
-        log.note("decoder_loaded", model=folder.name, decoder=decoder.description)
-        return decoder
-    import torch
-
-    from services.worker.flowserve.device.cpu import CpuDevice
-    from services.worker.flowserve.torch_decoder import TorchDecoder
-
-    torch.set_num_threads(threads)
-    decoder = TorchDecoder.load(folder, dtype=dtype, cache_dir=cache, device=CpuDevice())
-    why = "wished" if kernels == "torch" else _why_not_native(config, dtype)
-    log.note("decoder_loaded", model=folder.name, decoder=decoder.description, why_not_native=why)
-    return decoder
+    backend = Backend.pick(
+        ModelConfig.from_folder(folder),
+        device=device,
+        dtype=dtype,
+        kernels=kernels or read_kernels(reader),
+        tp=tp,
+        pp=pp,
+    )
+    native = backend.kernels == "native"
+    threads = threads or default_threads(num_cores(), tp * pp, native=native)
+    return backend.load(
+        folder, threads=threads, cache_dir=cache_dir or Settings.read(reader)["cache_dir"]
+    )
 
 
-def choose_kernels(config: ModelConfig, *, dtype: str, kernels: str) -> str:
-    """native or torch. Raises ModelError for an unknown dtype or kernels, or native ones that cannot be had."""
-    if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; served are {', '.join(DTYPES)}")
-    if kernels not in KERNELS:
-        raise ModelError(f"unknown kernels {kernels!r}; there are {', '.join(KERNELS)}")
-    if kernels == "torch":
-        return "torch"
-    why_not = _why_not_native(config, dtype)
-    if why_not is None:
-        return "native"
-    if kernels == "native":
-        raise ModelError(f"native kernels are wished for, but {why_not}")
-    return "torch"
-
-
-def arithmetic(config: ModelConfig, *, dtype: str, kernels: str) -> str:
-    """What tokens and KV pages depend on besides weights and page size: equal names compute equal bits."""
-    chosen = choose_kernels(config, dtype=dtype, kernels=kernels)
-    if chosen == "native":
-        chosen = native_decoder.arithmetic()
-    return f"{chosen} {RECIPE}" if dtype == "w8a8" else f"{chosen} {dtype}"
-
-
-def bytes_per_block(config: ModelConfig, page: int, *, dtype: str, kernels: str) -> int:
-    """What the decoder that would be loaded says, before it is."""
-    if choose_kernels(config, dtype=dtype, kernels=kernels) == "native":
-        return native_decoder.bytes_per_block(config, page)
-    elements = config.num_layers * 2 * config.num_kv_heads * page * config.head_dim
-    return elements * (4 if dtype == "fp32" else 2)
-
-
-def _why_not_native(config: ModelConfig, dtype: str) -> str | None:
+def _why_not_native(config: ModelConfig, device: str, dtype: str, num_ranks: int) -> str | None:
     """The reason in words, None if there is none."""
+    if device != "cpu":
+        return f"they compute on the CPU, not on {device}"
     if dtype != "w8a8":
         return f"they compute w8a8, not {dtype}"
+    if num_ranks > 1:
+        return "they compute in one process"
     if config.head_dim > native_decoder.MAX_HEAD_DIM:
         return f"they hold heads of up to {native_decoder.MAX_HEAD_DIM}, not {config.head_dim}"
     return native_decoder.available()

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.worker.flowserve.blocks import BlockPool
-from services.worker.flowserve.decoder import Decoder, Span, StepInput
+from services.worker.flowserve.decoder import Decoder, Span, StepInput, as_pipeline
+from services.worker.flowserve.device.pick import PAGES, pick
 from services.worker.flowserve.life import Requests
 from services.worker.flowserve.outcome import ClientDelta, EngineLoad, StepOutput
 from services.worker.flowserve.pace import Pace
@@ -120,7 +121,9 @@ class Engine:
         dtype: str = "w8a8",
         kv_tokens: int | None = None,
         kv_bytes: int = 1 << 30,
-        page: int = 16,
+        device: str = "auto",
+        tp: int = 1,
+        pp: int = 1,
         max_num_seqs: int = 64,
         max_batched_tokens: int = 256,
         threads: int | None = None,
@@ -136,8 +139,16 @@ class Engine:
         from services.worker.flowserve.backend import load_decoder  # what it loads is its choice
 
         decoder = load_decoder(
-            folder, dtype=dtype, threads=threads, cache_dir=cache_dir, kernels=kernels
+            folder,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            cache_dir=cache_dir,
+            kernels=kernels,
+            tp=tp,
+            pp=pp,
         )
+        page = PAGES[pick(device).name]
         num_blocks = kv_bytes // decoder.bytes_per_block(page)
         if kv_tokens:
             num_blocks = -(-kv_tokens // page)
