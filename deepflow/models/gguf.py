@@ -113,6 +113,10 @@ def build_config(metadata: Mapping[str, Any], reader: GGUFReader) -> dict[str, A
         raise InvalidRequest(
             f"the GGUF architecture {architecture!r} is not supported; known: {', '.join(_ARCHITECTURES)}"
         )
+    if metadata.get(f"{architecture}.expert_count"):
+        raise InvalidRequest(
+            f"{architecture}.expert_count: mixtures of experts are not read from GGUF; pull the model's safetensors"
+        )
     name, model_type = _ARCHITECTURES[architecture]
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:

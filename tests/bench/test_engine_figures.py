@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -87,15 +88,40 @@ def test_rooflines_are_the_figures_over_the_limits() -> None:
     assert in_fp32["prefill_roofline_512"] == pytest.approx(operations / 0.5 / 2e11)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bytes_of_a_step_are_those_of_the_prepared_weights(tmp_path: Path, family: str) -> None:
-    """The arithmetic agrees with the file that is mapped, where no size has to be padded."""
-    folder = make_tiny(
-        tmp_path / "tiny", family, with_tokenizer=False, num_attention_heads=2, head_dim=32
-    )
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("qwen3_moe", {"num_experts_per_tok": 8, "mlp_only_layers": [1]}),
+    ],
+)
+def test_bytes_of_a_step_are_those_of_the_prepared_weights(
+    tmp_path: Path, family: str, keys: dict[str, Any]
+) -> None:
+    """The arithmetic agrees with the file that is mapped, where no size has to be padded and every expert is chosen."""
+    shape = {"num_attention_heads": 2, "head_dim": 32}
+    folder = make_tiny(tmp_path / "tiny", family, with_tokenizer=False, **shape, **keys)
     prepared = open_prepared(folder, tmp_path)
     work = Work.of(ModelConfig.from_folder(folder))
     assert work.bytes_per_step("w8a8") == prepared.num_bytes
+
+
+def test_a_row_reads_the_experts_that_it_chose() -> None:
+    """Three of eight experts and the shared one, in the layers that have them."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    config = {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "intermediate_size": 1000,
+        "max_position_embeddings": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 7,
+        "mlp_only_layers": [0],
+    }
+    work = Work.of(ModelConfig.from_dict(shape | config))
+    assert work.num_layer_weights == 2 * 4 * 64 * 64 + 3 * 64 * (1000 + 3 * 10 + 7)
 
 
 def test_a_split_makes_up_the_whole() -> None:

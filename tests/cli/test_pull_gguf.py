@@ -24,7 +24,7 @@ from shared.errors import InvalidRequest
 from shared.text.template import ChatTemplate
 from shared.text.tokenizer import Tokenizer
 from tests.cli.gguf_file import write_gguf
-from tests.worker.tiny import FAMILIES, make_tiny
+from tests.worker.tiny import DENSE_FAMILIES, make_tiny
 
 
 def converted(path: Path, tmp_path: Path) -> Path:
@@ -32,7 +32,7 @@ def converted(path: Path, tmp_path: Path) -> Path:
     return pull(str(path), tmp_path / "cache").path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_gives_back_the_model_it_was_made_from(tmp_path: Path, family: str) -> None:
     """Every tensor, the configuration, the tokenizer and the template survive the way through GGUF, exactly."""
     source = make_tiny(tmp_path / "hf", family)
@@ -170,6 +170,7 @@ def test_llama3_rope_factors_are_recognised(tmp_path: Path) -> None:
         ({"tokenizer.ggml.merges": None}, {}, "merges"),
         ({"llama.block_count": None}, {}, r"llama\.block_count"),
         ({"llama.rope.dimension_count": 8}, {}, "dimension_count 8"),
+        ({"llama.expert_count": 8}, {}, r"expert_count.*safetensors"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
         ({"llama.block_count": 3}, {}, r"layers\.2\."),
         ({}, {"blk.0.ffn_gate_exps.weight": np.zeros((2, 32), np.float32)}, "ffn_gate_exps"),

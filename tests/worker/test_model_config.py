@@ -139,3 +139,104 @@ def test_a_value_that_is_no_number_is_named(key: str, value: Any) -> None:
     named = "rope_theta" if key == "rope_parameters" else key
     with pytest.raises(ModelError, match=named):
         ModelConfig.from_dict(LLAMA | qwen | {key: value})
+
+
+MOE: dict[str, Any] = LLAMA | {
+    "num_experts": 8,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 192,
+}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"]}
+QWEN2_MOE = {"architectures": ["Qwen2MoeForCausalLM"]}
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
+
+
+def test_dense_models_have_no_experts() -> None:
+    """A dense family ignores keys of experts."""
+    config = ModelConfig.from_dict(MOE)
+    assert (config.moe, config.sparse, config.mlp_sizes) == (None, (False,) * 4, [160])
+
+
+def test_mixtral() -> None:
+    """Every layer is sparse, experts have the size of the MLP, weights sum to 1, and defaults are Mixtral's own."""
+    config = ModelConfig.from_dict(MOE | MIXTRAL)
+    assert (config.sparse, config.mlp_sizes) == ((True,) * 4, [160])
+    assert (config.norm_eps, config.rope.theta, config.windows) == (1e-5, 1e6, (None,) * 4)
+    assert (config.qkv_bias, config.qk_norm) == (False, False)
+    moe = config.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.num_chosen, moe.hidden) == (6, 3, 160)
+    assert (moe.renormalise, moe.shared_hidden) == (True, None)
+    assert tuple(moe.names) == ("block_sparse_moe", "w1", "w3", "w2")
+    assert ModelConfig.from_dict(MOE | MIXTRAL | {"sliding_window": 7}).windows == (7,) * 4
+
+
+def test_qwen2_moe() -> None:
+    """Biases on q, k and v unless switched off, a shared expert, weights left as they are unless said otherwise."""
+    config = ModelConfig.from_dict(MOE | QWEN2_MOE | {"mlp_only_layers": [1]})
+    assert (config.qkv_bias, config.out_bias, config.qk_norm) == (True, False, False)
+    assert config.sparse == (True, False, True, True)
+    assert sorted(config.mlp_sizes) == [96, 160, 192]
+    moe = config.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.hidden, moe.shared_hidden) == (8, 96, 192)
+    assert not moe.renormalise
+    other = ModelConfig.from_dict(MOE | QWEN2_MOE | {"qkv_bias": False, "norm_topk_prob": True})
+    assert other.moe is not None
+    assert (other.qkv_bias, other.moe.renormalise) == (False, True)
+
+
+def test_qwen3_moe() -> None:
+    """Norms on heads, no shared expert; the number of experts under either of its names."""
+    config = ModelConfig.from_dict(MOE | QWEN3_MOE | {"decoder_sparse_step": 2})
+    assert (config.qkv_bias, config.qk_norm, config.head_dim) == (False, True, 16)
+    assert config.sparse == (False, True, False, True)
+    moe = config.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.shared_hidden) == (8, None)
+    renamed = ModelConfig.from_dict(MOE | QWEN3_MOE | {"num_experts": None})
+    assert renamed.moe is not None
+    assert renamed.moe.num_experts == 6
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        (QWEN2_MOE | {"sliding_window": 0, "use_sliding_window": False}, (None,) * 4),
+        (QWEN2_MOE | {"sliding_window": 9, "use_sliding_window": True}, (9, None, 9, None)),
+        (
+            QWEN2_MOE | {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 2},
+            (9, None, None, None),
+        ),
+        (QWEN3_MOE | {"sliding_window": 9, "use_sliding_window": True}, (9,) * 4),
+        (QWEN3_MOE | {"sliding_window": 9}, (None,) * 4),
+    ],
+)
+def test_windows_of_mixtures(keys: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    """Qwen2-MoE counts every other layer, Qwen3-MoE has one window for all; both have a switch."""
+    assert ModelConfig.from_dict(MOE | keys).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "named"),
+    [
+        (MIXTRAL, {"num_local_experts": None}, "num_local_experts"),
+        (MIXTRAL, {"num_experts_per_tok": 7}, r"num_experts_per_tok \(7\)"),
+        (QWEN2_MOE, {"num_experts": None, "num_local_experts": None}, "num_experts"),
+        (QWEN2_MOE, {"num_experts": 0}, "num_experts"),
+        (QWEN2_MOE, {"num_experts_per_tok": None}, "num_experts_per_tok"),
+        (QWEN2_MOE, {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size"),
+        (QWEN3_MOE, {"moe_intermediate_size": "big"}, "moe_intermediate_size"),
+        (QWEN3_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        (QWEN3_MOE, {"mlp_only_layers": 3}, "mlp_only_layers"),
+        (QWEN3_MOE, {"mlp_only_layers": [True]}, "mlp_only_layers"),
+    ],
+)
+def test_errors_of_mixtures_name_the_fault(
+    family: dict[str, Any], keys: dict[str, Any], named: str
+) -> None:
+    """What is wrong with experts is named too."""
+    with pytest.raises(ModelError, match=named):
+        ModelConfig.from_dict(MOE | family | keys)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from services.worker.flowserve import native_decoder
 from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
-from services.worker.flowserve.device.cpu import rms_norm, rotate, swiglu
+from services.worker.flowserve.device.cpu import rms_norm, rotate, route, swiglu
+from services.worker.flowserve.linear import RowLinear
 from tests.worker.drive import PAGE, Driver, Sequence, load, random_ids
-from tests.worker.tiny import make_tiny
+from tests.worker.tiny import MOE_FAMILIES, make_tiny
 
 LENGTH = 150  # more than two KV tiles
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,6 +31,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one-kv-head": ("mistral", {"num_key_value_heads": 1, "sliding_window": 70}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen3-moe": ("qwen3_moe", {}),
 }
 
 
@@ -43,6 +46,8 @@ def decoders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     @cache
     def get(variant: str) -> tuple[Decoder, Floats]:
         family, overrides = VARIANTS[variant]
+        if request.param == "native" and family in MOE_FAMILIES:
+            pytest.skip("the native kernels know no experts")
         folder = make_tiny(root / variant, family, **overrides)
         decoder = load(folder, kernels=request.param)
         return decoder, Driver(decoder).run(Sequence(random_ids(LENGTH))).logits
@@ -120,8 +125,8 @@ def test_a_step_may_sample_nothing(decoders: Any) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 60, 109, 151])
 def test_work_between_products_is_row_by_row(count: int) -> None:
-    """Norm, rotation and SwiGLU give a row the same bits in any batch, also with an odd width that leaves tails behind
-    whole vectors and with enough rows for torch to cut them up among threads."""
+    """Norm, rotation, SwiGLU and routing give a row the same bits in any batch, also with an odd width that leaves
+    tails behind whole vectors and with enough rows for torch to cut them up among threads."""
     x = torch.randn(151, 602, generator=torch.Generator().manual_seed(1))
     heads = x[:, :600].reshape(151, 6, 100).contiguous()
     cos, sin = heads[:, :1].cos(), heads[:, :1].sin()
@@ -130,4 +135,12 @@ def test_work_between_products_is_row_by_row(count: int) -> None:
     weight = x[0].clone()
     assert torch.equal(rms_norm(x[rows], weight, 1e-5), rms_norm(x, weight, 1e-5)[rows])
     assert torch.equal(swiglu(x[rows]), swiglu(x)[rows])
+    router = RowLinear(torch.randn(37, 602, generator=torch.Generator().manual_seed(2)).numpy())
+    logits = router(x)
+    assert torch.equal(router(x[rows]), logits[rows])
+    for renormalise in (False, True):
+        parts = route(logits[rows], 5, renormalise=renormalise)
+        wholes = route(logits, 5, renormalise=renormalise)
+        for part, whole in zip(parts, wholes, strict=True):
+            assert torch.equal(part, whole[rows])
     assert torch.equal(rotate(heads[rows], cos[rows], sin[rows]), rotate(heads, cos, sin)[rows])

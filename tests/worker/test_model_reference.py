@@ -12,7 +12,7 @@ import transformers
 
 from services.worker.flowserve.backend import load_decoder
 from tests.worker.drive import Driver, Sequence, load, random_ids
-from tests.worker.tiny import make_tiny
+from tests.worker.tiny import FAMILIES, MOE_FAMILIES, make_tiny
 
 GAP = 1e-3  # where the two best logits lie closer, either may win
 LENGTHS = (1, 2, 16, 17, 64, 65, 200, 600)
@@ -53,6 +53,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", {}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-window": ("mixtral", {"sliding_window": 48}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen2-moe-window": (
+        "qwen2_moe",
+        {
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 40,
+        },
+    ),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-window": (
+        "qwen3_moe",
+        {
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 40,
+        },
+    ),
 }
 
 
@@ -91,10 +113,10 @@ def test_greedy_equals_transformers(tmp_path: Path, case: str) -> None:
             _assert_greedy(reference, prompt, Driver(decoder).greedy(prompt, 5, chunk))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_stays_close(tmp_path: Path, family: str) -> None:
     """W8A8, by either kernels, and bf16 change the distribution of the next token by little: mean KL divergence to
-    fp32."""
+    fp32; the median where there are experts, as a row that was close to a tie may have chosen others."""
     folder = make_tiny(tmp_path / "tiny", family, with_tokenizer=False)
     ids = random_ids(300)
 
@@ -108,8 +130,9 @@ def test_quantised_stays_close(tmp_path: Path, family: str) -> None:
         ("w8a8", "auto", 0.03),
         ("bf16", "torch", 0.01),
     ):
-        divergence = (exact.exp() * (exact - distribution(dtype, kernels))).sum(-1).mean()
-        assert 0 < divergence < bound
+        divergences = (exact.exp() * (exact - distribution(dtype, kernels))).sum(-1)
+        of_all = divergences.median() if family in MOE_FAMILIES else divergences.mean()
+        assert 0 < of_all < bound
 
 
 @pytest.mark.smollm2

@@ -57,7 +57,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "tie_word_embeddings": False,
     },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "intermediate_size": 144,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 160,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "tie_word_embeddings": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 128,
+    },
 }
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+DENSE_FAMILIES = tuple(family for family in FAMILIES if family not in MOE_FAMILIES)
 
 
 def make_tiny(
@@ -72,7 +104,7 @@ def make_tiny(
     name: str = "tiny",
     **overrides: Any,
 ) -> Path:
-    """Write a random model of `family` (llama, mistral, qwen2, qwen3) into `folder` and return the folder.
+    """Write a random model of `family` (a key of FAMILIES) into `folder` and return the folder.
 
     To be found by `shared.catalog`, `folder` must be `<cache>/models/<encoded name>` and `name` that name.
     `overrides` are config.json keys. Ids 0 to 2 are the special tokens, 3 to 258 the bytes, the rest two-byte merges,
@@ -109,10 +141,11 @@ def make_tiny(
 def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Random weights whose logits spread over several units, so that greedy choices are rarely near ties."""
     rng = np.random.default_rng(seed)
-    width, hidden = config["hidden_size"], config["intermediate_size"]
+    family = config["model_type"]
+    width = config["hidden_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or width // heads
-    qkv_bias = config["model_type"] == "qwen2" or config.get("attention_bias", False)
+    qkv_bias = family in ("qwen2", "qwen2_moe") or config.get("attention_bias", False)
     out_bias = config.get("attention_bias", False)
     mlp_bias = config.get("mlp_bias", False)
     tensors: dict[str, np.ndarray] = {}
@@ -128,6 +161,26 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     def norm(name: str, size: int) -> None:
         tensors[f"{name}.weight"] = 1 + draw(size, scale=0.1)
 
+    def mlp(name: str, hidden: int, bias: bool, parts: str = "gate_proj up_proj down_proj") -> None:
+        gate, up, down = parts.split()
+        linear(f"{name}.{gate}", hidden, width, bias)
+        linear(f"{name}.{up}", hidden, width, bias)
+        linear(f"{name}.{down}", width, hidden, bias)
+
+    def mixture(layer: str) -> None:
+        """The experts of a layer, under the names that the family's files have."""
+        block, parts = f"{layer}.mlp", "gate_proj up_proj down_proj"
+        num_experts = config.get("num_experts") or config["num_local_experts"]
+        hidden = config.get("moe_intermediate_size") or config["intermediate_size"]
+        if family == "mixtral":
+            block, parts = f"{layer}.block_sparse_moe", "w1 w3 w2"
+        linear(f"{block}.gate", num_experts, width, False)
+        for expert in range(num_experts):
+            mlp(f"{block}.experts.{expert}", hidden, False, parts)
+        if family == "qwen2_moe":
+            mlp(f"{block}.shared_expert", config["shared_expert_intermediate_size"], False)
+            linear(f"{block}.shared_expert_gate", 1, width, False)
+
     tensors["model.embed_tokens.weight"] = draw(config["vocab_size"], width, scale=0.4)
     for index in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{index}"
@@ -135,12 +188,14 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         linear(f"{prefix}.self_attn.k_proj", kv_heads * head_dim, width, qkv_bias)
         linear(f"{prefix}.self_attn.v_proj", kv_heads * head_dim, width, qkv_bias)
         linear(f"{prefix}.self_attn.o_proj", width, heads * head_dim, out_bias)
-        linear(f"{prefix}.mlp.gate_proj", hidden, width, mlp_bias)
-        linear(f"{prefix}.mlp.up_proj", hidden, width, mlp_bias)
-        linear(f"{prefix}.mlp.down_proj", width, hidden, mlp_bias)
+        is_sparse = (index + 1) % config.get("decoder_sparse_step", 1) == 0
+        if family in MOE_FAMILIES and is_sparse and index not in config.get("mlp_only_layers", []):
+            mixture(prefix)
+        else:
+            mlp(f"{prefix}.mlp", config["intermediate_size"], mlp_bias)
         norm(f"{prefix}.input_layernorm", width)
         norm(f"{prefix}.post_attention_layernorm", width)
-        if config["model_type"] == "qwen3":
+        if family in ("qwen3", "qwen3_moe"):
             norm(f"{prefix}.self_attn.q_norm", head_dim)
             norm(f"{prefix}.self_attn.k_norm", head_dim)
     norm("model.norm", width)

@@ -18,7 +18,8 @@ _BYTES_PER_WEIGHT: Final = {"w8a8": 1 + 2 / 32, "fp32": 4.0, "bf16": 2.0}
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Weights of the linear layers: those that see every row, and the head's, which see only a prompt's last."""
+    """Weights of the linear layers: those that see every row, and the head's, which see only a prompt's last. Of
+    experts, as many as one row goes through."""
 
     num_layer_weights: int
     num_head_weights: int
@@ -29,8 +30,8 @@ class Work:
         heads = config.num_heads + 2 * config.num_kv_heads
         qkv = config.width * heads * config.head_dim
         out = config.num_heads * config.head_dim * config.width
-        mlp = 3 * config.width * config.hidden
-        return cls(config.num_layers * (qkv + out + mlp), config.width * config.vocab)
+        mlps = sum(_mlp_weights(config, sparse=sparse) for sparse in config.sparse)
+        return cls(config.num_layers * (qkv + out) + mlps, config.width * config.vocab)
 
     def bytes_per_step(self, dtype: str) -> float:
         """Weight bytes that a decode step reads."""
@@ -47,3 +48,11 @@ class Work:
     def prefill_roofline(self, num_tokens: int, seconds: float, peak: float) -> float:
         """Operations per second of a prompt, as a share of the peak of a plain matrix product."""
         return self.prefill_operations(num_tokens) / seconds / peak
+
+
+def _mlp_weights(config: ModelConfig, *, sparse: bool) -> int:
+    """Of one layer, without the router: it is small, and no matrix product everywhere."""
+    moe, hidden = config.moe, config.hidden
+    if moe is not None and sparse:
+        hidden = moe.num_chosen * moe.hidden + (moe.shared_hidden or 0)
+    return 3 * config.width * hidden

@@ -8,6 +8,7 @@ computes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from shared.config import Reader, Settings
 
 if TYPE_CHECKING:
     from services.worker.flowserve.decoder import Decoder
+    from services.worker.flowserve.spmd.crew import Loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,27 +101,53 @@ class Backend:
         elements = most.num_layers * 2 * most.num_kv_heads * self.page * most.head_dim
         return elements * (4 if self.dtype == "fp32" else 2)
 
-    def load(self, folder: Path, *, threads: int, cache_dir: Path) -> Decoder:
-        """The decoder for the model in `folder`; prepared weights are kept below `cache_dir`. Raises ModelError naming
-        what is wrong with the model or missing for the device."""
+    def load(
+        self,
+        folder: Path,
+        *,
+        threads: int,
+        cache_dir: Path,
+        on_loss: Callable[[Loss], None] | None = None,
+    ) -> Decoder:
+        """The decoder for the model in `folder`; prepared weights are kept below `cache_dir`. Of several executors each
+        has `threads`, and `on_loss` is `SpmdDecoder.start`'s. Raises ModelError naming what is wrong with the model or
+        missing for the device."""
         decoder: Decoder
         if self.kernels == "native":
             decoder = native_decoder.NativeDecoder(
                 open_prepared(folder, cache_dir), threads=threads
             )
         else:
-            decoder = self._load_torch(folder, threads, cache_dir)
+            decoder = self._load_torch(folder, threads, cache_dir, on_loss)
         log.note("decoder_loaded", model=folder.name, decoder=decoder.description, why=self.why)
         return decoder
 
-    def _load_torch(self, folder: Path, threads: int, cache_dir: Path) -> Decoder:
+    def _load_torch(
+        self,
+        folder: Path,
+        threads: int,
+        cache_dir: Path,
+        on_loss: Callable[[Loss], None] | None,
+    ) -> Decoder:
         import torch
 
+        from services.worker.flowserve.spmd.decoder import SpmdDecoder
         from services.worker.flowserve.torch_decoder import TorchDecoder
 
         torch.set_num_threads(threads)
         device = pick.open_device(self.device)
-        return TorchDecoder.load(folder, dtype=self.dtype, cache_dir=cache_dir, device=device)
+        if self.tp * self.pp == 1:
+            return TorchDecoder.load(folder, dtype=self.dtype, cache_dir=cache_dir, device=device)
+        return SpmdDecoder.start(
+            folder,
+            dtype=self.dtype,
+            cache_dir=cache_dir,
+            device=device,
+            tp=self.tp,
+            pp=self.pp,
+            threads=threads,
+            on_loss=on_loss,
+        )
 
 
 def load_decoder(
@@ -132,6 +160,7 @@ def load_decoder(
     kernels: str | None = None,
     tp: int = 1,
     pp: int = 1,
+    on_loss: Callable[[Loss], None] | None = None,
 ) -> Decoder:
     """The decoder for the model in `folder`, as `Backend.pick` and `Backend.load` find it.
 
@@ -150,7 +179,10 @@ def load_decoder(
     native = backend.kernels == "native"
     threads = threads or default_threads(num_cores(), tp * pp, native=native)
     return backend.load(
-        folder, threads=threads, cache_dir=cache_dir or Settings.read(reader)["cache_dir"]
+        folder,
+        threads=threads,
+        cache_dir=cache_dir or Settings.read(reader)["cache_dir"],
+        on_loss=on_loss,
     )
 
 
@@ -162,6 +194,8 @@ def _why_not_native(config: ModelConfig, device: str, dtype: str, num_ranks: int
         return f"they compute w8a8, not {dtype}"
     if num_ranks > 1:
         return "they compute in one process"
+    if config.moe is not None:
+        return "they know no mixtures of experts"
     if config.head_dim > native_decoder.MAX_HEAD_DIM:
         return f"they hold heads of up to {native_decoder.MAX_HEAD_DIM}, not {config.head_dim}"
     return native_decoder.available()

@@ -9,6 +9,10 @@ Names and shapes, where Dp, Hp, ... are the head's size, the hidden width, ... p
     layers.{i}.out                     H * Dp -> width
     layers.{i}.gate_up                 width -> 2 * Hp: of each 32 outputs, 16 of the gate, then the same 16 of up
     layers.{i}.down                    Hp -> width
+    layers.{i}.router                  fp32 [experts, width], in a sparse layer, which has instead of gate_up and down:
+    layers.{i}.experts.{e}.gate_up, .down   as above, of an expert's size
+    layers.{i}.shared.gate_up, .down        the same of the shared expert, where there is one
+    layers.{i}.shared_gate             fp32 [1, width]
     head                               width -> vocab
 
 Each product is kept as `.codes`, `.scales` (see `quantise.pack`) and, where it has one, `.bias` fp32 [N]. The residual
@@ -25,7 +29,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from services.worker.flowserve.checkpoint import Checkpoint
-from services.worker.flowserve.config import ModelConfig, ModelError
+from services.worker.flowserve.config import ModelConfig, ModelError, MoeConfig
 from services.worker.flowserve.quantise import GROUP, PANEL, Floats, pack, quantise_weights
 from services.worker.flowserve.tensorfile import NUMPY_TYPES, Array
 
@@ -33,6 +37,8 @@ ALIGNMENT: Final = (
     128  # of every tensor in the file and in memory: vectors of a padded width stay in their bounds
 )
 GATES: Final = PANEL // 2  # gate outputs of a panel, before the up outputs of the same numbers
+
+_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 
 _Arrange = Callable[[list[Floats]], Floats]
 
@@ -67,7 +73,7 @@ def padded(size: int, multiple: int = GROUP) -> int:
 
 def layout_of(config: ModelConfig) -> dict[str, Entry]:
     """The tensors of the file, in its order."""
-    head_dim, hidden, width = padded(config.head_dim), padded(config.hidden), padded(config.width)
+    head_dim, width = padded(config.head_dim), padded(config.width)
     layout = {
         "embed": Entry("F32", (config.vocab, config.width)),
         "norm": Entry("F32", (config.width,)),
@@ -80,6 +86,18 @@ def layout_of(config: ModelConfig) -> dict[str, Entry]:
         if bias:
             layout[f"{name}.bias"] = Entry("F32", (num_outputs,))
 
+    def add_mlp(name: str, size: int, *, bias: bool) -> None:
+        add(f"{name}.gate_up", 2 * padded(size), width, bias=bias)
+        add(f"{name}.down", width, padded(size), bias=bias)
+
+    def add_experts(layer: str, moe: MoeConfig) -> None:
+        layout[f"{layer}.router"] = Entry("F32", (moe.num_experts, config.width))
+        for expert in range(moe.num_experts):
+            add_mlp(f"{layer}.experts.{expert}", moe.hidden, bias=False)
+        if moe.shared_hidden is not None:
+            layout[f"{layer}.shared_gate"] = Entry("F32", (1, config.width))
+            add_mlp(f"{layer}.shared", moe.shared_hidden, bias=False)
+
     for index in range(config.num_layers):
         layer = f"layers.{index}"
         layout[f"{layer}.attention_norm"] = Entry("F32", (config.width,))
@@ -89,15 +107,17 @@ def layout_of(config: ModelConfig) -> dict[str, Entry]:
         num_heads = config.num_heads + 2 * config.num_kv_heads
         add(f"{layer}.qkv", num_heads * head_dim, width, bias=config.qkv_bias)
         add(f"{layer}.out", width, config.num_heads * head_dim, bias=config.out_bias)
-        add(f"{layer}.gate_up", 2 * hidden, width, bias=config.mlp_bias)
-        add(f"{layer}.down", width, hidden, bias=config.mlp_bias)
+        if config.moe is not None and config.sparse[index]:
+            add_experts(layer, config.moe)
+        else:
+            add_mlp(layer, config.hidden, bias=config.mlp_bias)
     add("head", padded(config.vocab), width, bias=False)
     return layout
 
 
 def tensors_of(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[tuple[str, Array]]:
     """The tensors of the file, made one product at a time. Raises ModelError naming a tensor that is missing or odd."""
-    width, hidden, head_dim = config.width, config.hidden, config.head_dim
+    width, head_dim = config.width, config.head_dim
     rotation = _Rotation(width)
     q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
@@ -149,13 +169,48 @@ def tensors_of(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[tuple[st
         (only,) = parts
         return _pad(rotation(only.T).T, axis=0)
 
+    def mlp(
+        name: str,
+        sources: list[str],
+        size: int,
+        inputs: Callable[[Floats], Floats],
+        *,
+        bias: bool = False,
+    ) -> Iterator[tuple[str, Array]]:
+        """The MLP of the matrices `sources` (gate, up, down), of `size` hidden values."""
+        gate, up, down = sources
+        gate_up = {gate: size, up: size}
+        yield from product(
+            f"{name}.gate_up", gate_up, width, outputs=_interleave, inputs=inputs, bias=bias
+        )
+        yield from product(
+            f"{name}.down", {down: width}, size, outputs=to_residual, inputs=_pad_last, bias=bias
+        )
+
+    def experts(layer: str, block: str, moe: MoeConfig, norm: str) -> Iterator[tuple[str, Array]]:
+        """The mixture `block`. Its router is read once a row and decides much, so it stays as precise as it is."""
+        inputs, weight = normed_inputs(norm), vector(norm)
+
+        def routes(name: str, num_outputs: int) -> Floats:
+            stored = checkpoint.floats(f"{block}.{name}.weight", (num_outputs, width))
+            return rotation(stored * weight)
+
+        yield f"{layer}.router", routes("gate", moe.num_experts)
+        for expert in range(moe.num_experts):
+            sources = [f"{block}.experts.{expert}.{part}" for part in moe.names[1:]]
+            yield from mlp(f"{layer}.experts.{expert}", sources, moe.hidden, inputs)
+        if moe.shared_hidden is not None:
+            yield f"{layer}.shared_gate", routes("shared_expert_gate", 1)
+            sources = [f"{block}.shared_expert.{part}" for part in _PROJECTIONS]
+            yield from mlp(f"{layer}.shared", sources, moe.shared_hidden, inputs)
+
     ones = np.ones(width, np.float32)
     embed = checkpoint.floats("model.embed_tokens.weight", (config.vocab, width))
     yield "embed", rotation(embed)
     yield "norm", ones
     for index in range(config.num_layers):
         layer, source = f"layers.{index}", f"model.layers.{index}"
-        attention, mlp = f"{source}.self_attn", f"{source}.mlp"
+        attention, mlp_norm = f"{source}.self_attn", f"{source}.post_attention_layernorm"
         yield f"{layer}.attention_norm", ones
         yield f"{layer}.mlp_norm", ones
         if config.qk_norm:
@@ -178,23 +233,13 @@ def tensors_of(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[tuple[st
             inputs=inputs_by_head,
             bias=config.out_bias,
         )
-        sources = {f"{mlp}.gate_proj": hidden, f"{mlp}.up_proj": hidden}
-        yield from product(
-            f"{layer}.gate_up",
-            sources,
-            width,
-            outputs=_interleave,
-            inputs=normed_inputs(f"{source}.post_attention_layernorm"),
-            bias=config.mlp_bias,
-        )
-        yield from product(
-            f"{layer}.down",
-            {f"{mlp}.down_proj": width},
-            hidden,
-            outputs=to_residual,
-            inputs=_pad_last,
-            bias=config.mlp_bias,
-        )
+        if config.moe is not None and config.sparse[index]:
+            block = f"{source}.{config.moe.names.block}"
+            yield from experts(layer, block, config.moe, mlp_norm)
+        else:
+            parts = [f"{source}.mlp.{part}" for part in _PROJECTIONS]
+            inputs = normed_inputs(mlp_norm)
+            yield from mlp(layer, parts, config.hidden, inputs, bias=config.mlp_bias)
     head = "model.embed_tokens" if config.tied else "lm_head"
     yield from product(
         "head", {head: config.vocab}, width, outputs=_pad_first, inputs=normed_inputs("model.norm")

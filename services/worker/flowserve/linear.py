@@ -1,19 +1,22 @@
-"""Matrix products with weights on the CPU, in torch: plain float, and W8A8 with exact integer accumulation.
+"""Matrix products with weights on the CPU, in torch: plain float, W8A8 with exact integer accumulation, a few outputs
+in fp32, and many products of which each row needs few.
 
-Both take fp32 rows and give fp32 rows. This module must not know what the products are for.
+All take fp32 rows and give fp32 rows. This module must not know what the products are for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 
-from services.worker.flowserve.device.device import Rows
+from services.worker.flowserve.device.device import Linear, Rows
 from services.worker.flowserve.quantise import GROUP, Bits, Bytes, Floats, unpack
+
+_PRODUCTS_AT_ONCE = 1 << 20  # elements: their temporaries stay in cache
 
 
 class FloatLinear:
@@ -82,6 +85,46 @@ class Int8Linear:
             sums = torch._int_mm(codes[:, group].contiguous(), weight.t())  # int32 [T, out]
             y.add_(sums.float().mul_(weight_scales).mul_(scales[:, group]))
         return y
+
+
+class RowLinear:
+    """A few outputs in fp32, whose sums are taken row by row: a row's result depends on no other row, bit for bit,
+    which no BLAS promises. Slow, so for routers of experts only."""
+
+    def __init__(self, weight: Floats) -> None:
+        self._weight = torch.tensor(weight)  # [out, in]
+        self._rows_at_once = max(1, _PRODUCTS_AT_ONCE // weight.size)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(x.unsqueeze(1), self._rows_at_once)
+        return torch.cat([(part * self._weight).sum(dim=-1) for part in parts])
+
+
+class SparseLinears:
+    """Several functions of rows, of which each row goes through a few: `device.Experts` on the CPU.
+
+    Rows that chose the same expert go through it together. A row's results are added up in the order of its choices,
+    so if the experts do not let a row see the others, nor does this.
+    """
+
+    def __init__(self, experts: Sequence[Linear]) -> None:
+        self._experts = experts
+
+    def __call__(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        num_rows, num_chosen = chosen.shape
+        order = chosen.flatten().argsort(stable=True)  # places (row, choice), expert by expert
+        counts = chosen.flatten().bincount(minlength=len(self._experts)).tolist()
+        y = x.new_empty(num_rows * num_chosen, x.shape[1])
+        for expert, places in zip(self._experts, torch.split(order, counts), strict=True):
+            if len(places):
+                y[places] = expert(x[places // num_chosen])
+        y = y.view(num_rows, num_chosen, -1).mul_(weights.unsqueeze(2))
+        total = y[:, 0].clone()
+        for choice in range(1, num_chosen):
+            total.add_(y[:, choice])
+        return total
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,7 +36,7 @@ FILE: Final = "packed.safetensors"
 class Prepared:
     """A model's prepared weights, mapped read-only. `arrays` holds bfloat16 as uint16.
 
-    `num_bytes` is the size of the packed products: what one decode step reads.
+    `num_bytes` is the size of the packed products: what one decode step reads, but for experts that no row chose.
     """
 
     config: ModelConfig

@@ -81,9 +81,10 @@ class Rank:
             raise ModelError(
                 f"{self.tp_size} ranks cannot share {config.num_kv_heads} key/value heads evenly"
             )
-        if -(-config.hidden // _UNIT) < self.tp_size:
+        smallest = min(config.mlp_sizes)
+        if -(-smallest // _UNIT) < self.tp_size:
             raise ModelError(
-                f"{self.tp_size} ranks cannot share an MLP of {config.hidden} hidden values"
+                f"{self.tp_size} ranks cannot share an MLP of {smallest} hidden values"
             )
         if config.num_layers < self.pp_size:
             raise ModelError(f"{self.pp_size} stages cannot share {config.num_layers} layers")
@@ -94,4 +95,5 @@ class Rank:
             num_heads=len(self.heads(config)),
             num_kv_heads=len(self.kv_heads(config)),
             windows=config.windows[layers.start : layers.stop],
+            sparse=config.sparse[layers.start : layers.stop],
         )

@@ -9,40 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from services.worker.flowserve.checkpoint import Checkpoint
-from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.config import ModelConfig, MoeConfig
 from services.worker.flowserve.device.device import Device, Embedding, Linear, Rows
 from services.worker.flowserve.layout import GATES, padded
-from services.worker.flowserve.linear import Int8Linear
+from services.worker.flowserve.linear import Int8Linear, RowLinear, SparseLinears
+from services.worker.flowserve.mlp import DenseMlp, Mlp, MoeMlp, SharedMlp
 from services.worker.flowserve.prepared import Prepared
-from services.worker.flowserve.quantise import GROUP, PANEL
+from services.worker.flowserve.quantise import GROUP, PANEL, Floats
 from services.worker.flowserve.rank import Rank
 
 _EMBED = "model.embed_tokens"
-
-
-class Mlp(Protocol):
-    """What follows attention in a layer: x [T, width] -> [T, width], the share of this rank."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class DenseMlp:
-    """SwiGLU between two products."""
-
-    device: Device
-    gate_up: Linear  # width -> 2 * hidden, the gate's half first
-    down: Linear  # hidden -> width
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.device.swiglu(self.gate_up(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +55,13 @@ def from_checkpoint(
     config: ModelConfig, checkpoint: Checkpoint, dtype: str, device: Device, rank: Rank
 ) -> Weights:
     """Products in `dtype`; `config` is the whole model's. Raises ModelError naming a tensor that is missing or odd."""
-    width, hidden, head_dim = config.width, config.hidden, config.head_dim
+    width, head_dim = config.width, config.head_dim
     activations = device.activations(dtype)
     own_q, own_kv = (
         range(heads.start * head_dim, heads.stop * head_dim)
         for heads in (rank.heads(config), rank.kv_heads(config))
     )
-    own_hidden, own_vocab = rank.hidden(hidden), rank.vocab(config.vocab)
+    own_vocab = rank.vocab(config.vocab)
     num_q, num_kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
     def by_outputs(
@@ -112,9 +94,60 @@ def from_checkpoint(
     def norm(name: str, size: int = width) -> torch.Tensor:
         return device.tensor(checkpoint.floats(f"{name}.weight", (size,)), activations)
 
+    def dense(name: str, size: int, *, bias: bool) -> DenseMlp:
+        """The MLP `name` of `size` hidden values."""
+        own = rank.hidden(size)
+        gate_up = {f"{name}.gate_proj": (size, own), f"{name}.up_proj": (size, own)}
+        return DenseMlp(
+            device,
+            by_outputs(gate_up, width, bias=bias),
+            by_inputs(f"{name}.down_proj", size, own, bias=bias),
+        )
+
+    def sparse(block: str, moe: MoeConfig) -> MoeMlp:
+        """The mixture of experts `block`."""
+        own, names = rank.hidden(moe.hidden), moe.names
+        experts = [f"{block}.experts.{expert}" for expert in range(moe.num_experts)]
+        inwards, outwards = (moe.hidden, width), (width, moe.hidden)
+
+        def gate_up() -> Iterator[Floats]:
+            for expert in experts:
+                gate, up = f"{expert}.{names.gate}.weight", f"{expert}.{names.up}.weight"
+                yield np.concatenate(
+                    [checkpoint.floats(part, inwards, rows=own) for part in (gate, up)]
+                )
+
+        def down() -> Iterator[Floats]:
+            for expert in experts:
+                yield checkpoint.floats(f"{expert}.{names.down}.weight", outwards, columns=own)
+
+        def in_float(name: str, num_outputs: int) -> Linear:
+            weight = checkpoint.floats(f"{name}.weight", (num_outputs, width))
+            kind = "bf16" if dtype == "w8a8" else dtype
+            return device.linear([(weight, None)], (num_outputs, width), kind)
+
+        shared = None
+        if moe.shared_hidden is not None:
+            mlp = dense(f"{block}.shared_expert", moe.shared_hidden, bias=False)
+            shared = SharedMlp(mlp, in_float(f"{block}.shared_expert_gate", 1))
+        return MoeMlp(
+            device,
+            in_float(f"{block}.gate", moe.num_experts),
+            device.experts(gate_up(), down(), (moe.num_experts, width, len(own)), dtype),
+            moe.num_chosen,
+            moe.renormalise,
+            shared,
+        )
+
+    def mlp(index: int) -> Mlp:
+        prefix = f"model.layers.{index}"
+        if config.moe is not None and config.sparse[index]:
+            return sparse(f"{prefix}.{config.moe.names.block}", config.moe)
+        return dense(f"{prefix}.mlp", config.hidden, bias=config.mlp_bias)
+
     def layer(index: int) -> Layer:
         prefix = f"model.layers.{index}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        attention = f"{prefix}.self_attn"
         return Layer(
             attention_norm=norm(f"{prefix}.input_layernorm"),
             qkv=by_outputs(
@@ -130,18 +163,7 @@ def from_checkpoint(
             k_norm=norm(f"{attention}.k_norm", head_dim) if config.qk_norm else None,
             out=by_inputs(f"{attention}.o_proj", num_q, own_q, bias=config.out_bias),
             mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
-            mlp=DenseMlp(
-                device,
-                by_outputs(
-                    {
-                        f"{mlp}.gate_proj": (hidden, own_hidden),
-                        f"{mlp}.up_proj": (hidden, own_hidden),
-                    },
-                    width,
-                    bias=config.mlp_bias,
-                ),
-                by_inputs(f"{mlp}.down_proj", hidden, own_hidden, bias=config.mlp_bias),
-            ),
+            mlp=mlp(index),
             window=config.windows[index],
         )
 
@@ -166,7 +188,9 @@ def from_prepared(prepared: Prepared, device: Device, rank: Rank) -> Weights:
     config, arrays = prepared.config, prepared.arrays
     width, head_dim = config.width, config.head_dim
     q, kv = rank.heads(config), rank.kv_heads(config)
-    own_hidden, own_vocab = rank.hidden(config.hidden), rank.vocab(config.vocab)
+    own_vocab = rank.vocab(config.vocab)
+    every = np.arange(width)
+    is_first = rank.tp == 0
 
     def linear(
         name: str,
@@ -186,17 +210,43 @@ def from_prepared(prepared: Prepared, device: Device, rank: Rank) -> Weights:
     first_value = config.num_heads + config.num_kv_heads
     places = [*q, *(config.num_heads + h for h in kv), *(first_value + h for h in kv)]
     heads = np.array(places)[:, None] * padded(head_dim) + np.arange(head_dim)
-    hidden = np.array(own_hidden)
-    gates = hidden // GATES * PANEL + hidden % GATES
     per_head = padded(head_dim) // GROUP
     head_groups = slice(q.start * per_head, q.stop * per_head)
-    hidden_groups = slice(own_hidden.start // GROUP, -(-own_hidden.stop // GROUP))
-    is_first = rank.tp == 0
+
+    def dense(name: str, size: int) -> DenseMlp:
+        """The MLP `name` of `size` hidden values."""
+        own = rank.hidden(size)
+        hidden = np.array(own)
+        gates = hidden // GATES * PANEL + hidden % GATES
+        groups = slice(own.start // GROUP, -(-own.stop // GROUP))
+        return DenseMlp(
+            device,
+            linear(f"{name}.gate_up", np.concatenate((gates, gates + GATES)), width),
+            linear(f"{name}.down", every, len(hidden), groups, bias=is_first),
+        )
+
+    def mlp(index: int) -> Mlp:
+        prefix, moe = f"layers.{index}", config.moe
+        if moe is None or not config.sparse[index]:
+            return dense(prefix, config.hidden)
+        shared = None
+        if moe.shared_hidden is not None:
+            gate = RowLinear(arrays[f"{prefix}.shared_gate"])
+            shared = SharedMlp(dense(f"{prefix}.shared", moe.shared_hidden), gate)
+        return MoeMlp(
+            device,
+            RowLinear(arrays[f"{prefix}.router"]),
+            SparseLinears(
+                [dense(f"{prefix}.experts.{e}", moe.hidden) for e in range(moe.num_experts)]
+            ),
+            moe.num_chosen,
+            moe.renormalise,
+            shared,
+        )
 
     def layer(index: int) -> Layer:
         prefix = f"layers.{index}"
         norms = vector(f"{prefix}.head_norm") if config.qk_norm else None
-        every = np.arange(width)
         return Layer(
             attention_norm=vector(f"{prefix}.attention_norm"),
             qkv=linear(f"{prefix}.qkv", heads.reshape(-1), width),
@@ -204,11 +254,7 @@ def from_prepared(prepared: Prepared, device: Device, rank: Rank) -> Weights:
             k_norm=None if norms is None else norms[1],
             out=linear(f"{prefix}.out", every, head_dim, head_groups, bias=is_first),
             mlp_norm=vector(f"{prefix}.mlp_norm"),
-            mlp=DenseMlp(
-                device,
-                linear(f"{prefix}.gate_up", np.concatenate((gates, gates + GATES)), width),
-                linear(f"{prefix}.down", every, len(hidden), hidden_groups, bias=is_first),
-            ),
+            mlp=mlp(index),
             window=config.windows[index],
         )
 

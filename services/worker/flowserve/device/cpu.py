@@ -22,13 +22,15 @@ from services.worker.flowserve.decoder import Floats, Span
 from services.worker.flowserve.device.device import (
     DecodePlan,
     Embedding,
+    Experts,
     Graph,
     Linear,
     Memory,
     Rows,
 )
 from services.worker.flowserve.kv import KVCache, bytes_per_block
-from services.worker.flowserve.linear import FloatLinear
+from services.worker.flowserve.linear import FloatLinear, SparseLinears
+from services.worker.flowserve.mlp import DenseMlp
 from services.worker.flowserve.rope import RotaryTable
 from services.worker.flowserve.tensorfile import Array, as_floats
 
@@ -155,6 +157,25 @@ class CpuDevice:
         """See `Device`."""
         return swiglu(gate_up)
 
+    def experts(
+        self,
+        gate_up: Iterable[Floats],
+        down: Iterable[Floats],
+        size: tuple[int, int, int],
+        dtype: str,
+    ) -> Experts:
+        """One product for each expert that a row has chosen."""
+        _, width, hidden = size
+        gate_ups = [self.linear([(weight, None)], (2 * hidden, width), dtype) for weight in gate_up]
+        downs = [self.linear([(weight, None)], (width, hidden), dtype) for weight in down]
+        return SparseLinears([DenseMlp(self, *each) for each in zip(gate_ups, downs, strict=True)])
+
+    def route(
+        self, logits: torch.Tensor, num_chosen: int, *, renormalise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Device`: weights in fp32, numbers in int64."""
+        return route(logits, num_chosen, renormalise=renormalise)
+
     def bytes_per_block(self, config: ModelConfig, page: int, dtype: str) -> int:
         """See `Device`."""
         return bytes_per_block(config, page, _kv_dtype(dtype))
@@ -189,6 +210,19 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return gate.neg().exp_().add_(1.0).reciprocal_().mul_(gate).mul_(up)
+
+
+def route(
+    logits: torch.Tensor, num_chosen: int, *, renormalise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits fp32 [T, experts] -> weights fp32 [T, k] and experts int64 [T, k], by falling probability; of equal ones,
+    by rising number, so that the choice is one in any batch."""
+    probabilities = logits.softmax(dim=-1)
+    weights, chosen = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights, chosen = weights[:, :num_chosen].clone(), chosen[:, :num_chosen]
+    if renormalise:
+        weights.div_(weights.sum(dim=-1, keepdim=True))
+    return weights, chosen
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -36,6 +36,16 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
+class Experts(Protocol):
+    """A layer's experts, or one rank's slice of each: x [T, width], weights [T, k] and chosen experts [T, k] as `route`
+    gave them -> [T, width], the sum over a row's k choices j of weights[:, j] * down(swiglu(gate_up(x))) of expert
+    chosen[:, j]."""
+
+    def __call__(
+        self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
 class Plan(Protocol):
     """Where a step's rows are, and where they are read and written: made once, used by every layer."""
 
@@ -57,8 +67,9 @@ class DecodePlan(Plan, Protocol):
 
     num_rows: int
 
-    def fill(self, spans: Sequence[Span]) -> None:
-        """Make it the plan of these spans, each of length 1; rows beyond them compute what nobody reads."""
+    def fill(self, spans: Sequence[Span]) -> bool:
+        """Make it the plan of these spans, each of length 1; rows beyond them compute what nobody reads. False where it
+        cannot hold them: they have more pages, or the device's attention does not take them in one call."""
         ...
 
 
@@ -146,7 +157,8 @@ class Device(Protocol):
 
     def linear(self, parts: Iterable[Rows], size: tuple[int, int], dtype: str) -> Linear:
         """The product with weights [out, in] = `size`, made of `parts` stacked along the outputs. They are consumed
-        one by one, so that a lazy iterable keeps only one stored tensor alive at a time."""
+        one by one, so that a lazy iterable keeps only one stored tensor alive at a time. Routers are asked for in bf16
+        where the model is served in w8a8."""
         ...
 
     def embedding(self, stored: Array, stored_dtype: str, dtype: str) -> Embedding:
@@ -165,6 +177,28 @@ class Device(Protocol):
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[T, 2 * n], the gate's half first -> silu(gate) * up, [T, n]."""
+        ...
+
+    # ---------------------------------------------------------------------------------------- mixtures of experts
+
+    def experts(
+        self,
+        gate_up: Iterable[Floats],
+        down: Iterable[Floats],
+        size: tuple[int, int, int],
+        dtype: str,
+    ) -> Experts:
+        """The experts of one layer, (experts, width, hidden) = `size` of them: `gate_up` gives [2 * hidden, width] of
+        each in turn, the gate's half first, then `down` gives [width, hidden] of each. Both are lazy, one matrix at a
+        time, and all of `gate_up` is consumed before `down`. No expert has biases."""
+        ...
+
+    def route(
+        self, logits: torch.Tensor, num_chosen: int, *, renormalise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits [T, experts] -> weights [T, k] and the numbers of the chosen experts [T, k], k = `num_chosen`: the
+        largest of softmax(logits), the largest first, over their sum where `renormalise`. In which types is the
+        device's own business: only its `Experts` reads them."""
         ...
 
     # ------------------------------------------------------------------------------------------------- attention
