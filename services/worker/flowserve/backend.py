@@ -85,7 +85,7 @@ class Backend:
     def arithmetic(self) -> str:
         """What tokens and KV pages depend on besides weights and page: equal names compute equal bits."""
         if self.kernels == "native":
-            return f"{native_decoder.arithmetic()} {RECIPE}"
+            return f"native {native_decoder.VERSION} {RECIPE}"
         computes = "torch" if self.device == "cpu" else f"torch {self.device}"
         parts = "" if self.tp == self.pp == 1 else f" tp{self.tp} pp{self.pp}"
         recipe = RECIPE if (self.device, self.dtype) == ("cpu", "w8a8") else self.dtype

@@ -95,10 +95,12 @@ class _Step(Structure):
     ]
 
 
-def arithmetic() -> str:
-    """What a step's bits depend on besides weights and page: with bfloat16 pairs, attention rounds its factors."""
-    bf16 = ISAS[_library().fs_best_isa()] == "avx512bf16"
-    return f"native {VERSION}{' bf16' if bf16 else ''}"
+def best_isa() -> str:
+    """The best of ISAS that this processor has; only where the kernels are `available`."""
+    number = _library().fs_best_isa()
+    if number < 0:
+        raise ModelError("this processor has no AVX2")
+    return ISAS[number]
 
 
 def available() -> str | None:
@@ -148,7 +150,10 @@ class NativeDecoder:
             raise ValueError(f"{threads} threads compute nothing")
         self.config = config
         self._prepared = prepared  # keeps the mapping
-        number = _library().fs_best_isa() if isa is None else ISAS.index(isa)
+        best = ISAS.index(best_isa())
+        number = best if isa is None else ISAS.index(isa)
+        if number > best:
+            raise ModelError(f"this processor has no {isa}")
         self.description = f"native {ISAS[number]}, w8a8, {threads} threads"
         self._model = _model(config, prepared)
         self._cache: _Cache | None = None

@@ -8,8 +8,9 @@
 // values that are finite).
 //
 // Blocking: rows are (position, query head) pairs of one kv head, so that a group's heads, and up to QUERY_ROWS rows of
-// a chunk, share each tile of keys and values while it is in the first cache level. Scores are ROWS rows by up to four
-// blocks of 16 positions, in registers; the weighted values ROWS rows by up to four vectors of 16 dimensions.
+// a chunk, share each tile of keys and values while it is in the first cache level. Scores are up to
+// TOGETHER rows by WIDE blocks of 16 positions, in registers; the weighted values as many rows by WIDE vectors of 16
+// dimensions.
 #pragma once
 #include <limits>
 
@@ -47,7 +48,7 @@ struct Running {
   }
 };
 
-// Where a tile's blocks are, and how many of its positions hold anything.
+// Where a tile begins, and its blocks.
 struct Tile {
   int64_t start;
   const uint16_t* keys[TILE / LANES];

@@ -31,13 +31,14 @@ _FLAGS = [
         "-Wall",
         "-Wextra",
     ),
-    # Sums round as they are written: what all builds compute alike has the same bits.
+    # Sums round as they are written, so that all builds give the same bits.
     *("-ffp-contract=off", "-fno-math-errno"),
+    "-fno-gnu-unique",  # nothing of ours is shared with other libraries of the process
     # GCC 12's own AVX-512 header trips these.
     *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 ]
 _AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
-_TARGETS = {  # linked in this order: of a function that both instantiate alike, the linker keeps the first
+_TARGETS = {  # linked in this order: of a function that several instantiate alike, the linker keeps the first
     "avx2": ["-mavx2", "-mfma"],
     "avx512": [*_AVX512, "-mfma"],
     "avx512bf16": [*_AVX512, "-mavx512bf16", "-mfma"],
@@ -78,6 +79,8 @@ def build(library: Path = LIBRARY) -> Path:
                     lambda job: _run([*compiler, *_FLAGS, *job[1], "-o", str(job[0])]), jobs.items()
                 )
             )
+        exports = objects / "exports.map"
+        exports.write_text("{ global: fs_*; local: *; };")
         partial = library.with_suffix(f".{os.getpid()}.so")
         linked = [
             "-shared",
@@ -86,6 +89,7 @@ def build(library: Path = LIBRARY) -> Path:
             "-static-libgcc",
             "-s",
             "-Wl,--exclude-libs,ALL",
+            f"-Wl,--version-script={exports}",
         ]
         _run([*compiler, *linked, *map(str, jobs), "-o", str(partial)])
         partial.replace(library)

@@ -1,8 +1,8 @@
 // Sixteen lanes of float or int32, on AVX-512 (one register) or AVX2 (two).
 //
 // Kernels are written once over these lanes and compiled once for each instruction set. Every operation rounds alike on
-// all, and reductions over lanes go in one fixed order, so all give the same bits. One exception: where the processor
-// multiplies pairs of bfloat16, the factors of attention (`Term`) are rounded to that.
+// all, and reductions over lanes go in one fixed order, so all give the same bits. The factors of attention (`Term`) are
+// bfloat16 everywhere, because some processors multiply pairs of those.
 #pragma once
 #include <immintrin.h>
 
@@ -12,7 +12,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 // One copy: where GCC inlined a tile into its callers, one of the copies ran at half the speed.
-#define APART __attribute__((noinline))
+#define APART __attribute__((noinline, noclone))
 
 namespace ISA {
 
@@ -60,7 +60,8 @@ INLINE Floats first(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v
 INLINE Floats second(Pairs a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int32_t(0xffff0000))))};
 }
-// Two terms of a sum next to each other: fp32, or bfloat16 where the processor multiplies pairs of them.
+// Two terms of a sum next to each other. Of a pair the second is added first, small numbers are zeros: that is what the
+// instruction does.
 #ifdef __AVX512BF16__
 using Term = uint16_t;
 INLINE void store_terms(Term* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
@@ -174,10 +175,14 @@ INLINE __m256i high(Ints x) { return x.b; }
 
 #ifndef __AVX512BF16__
 using Term = float;
-INLINE void store_terms(Term* p, Floats a) { store(p, a); }
+INLINE void store_terms(Term* p, Floats a) {
+  uint16_t rounded[LANES];
+  store_bf16(rounded, a + all(0.0f));  // a small number becomes zero before it is rounded
+  store(p, load_bf16(rounded));
+}
 struct Two { Floats even, odd; };
 INLINE Two both(const Term* p) { return {all(p[0]), all(p[1])}; }
-INLINE Floats dot(Two x, Pairs y, Floats acc) { return fma(second(y), x.odd, fma(first(y), x.even, acc)); }
+INLINE Floats dot(Two x, Pairs y, Floats acc) { return fma(first(y), x.even, fma(second(y), x.odd, acc)); }
 #endif
 
 // Over all lanes, as a tree: halves, quarters, pairs.

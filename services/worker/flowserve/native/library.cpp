@@ -20,8 +20,7 @@ struct Kernels {
 #define KERNELS_OF(isa) \
   { isa::create, isa::destroy, isa::run, isa::quantise, isa::multiply_rows }
 
-// By number. Each includes those before it; all but the last compute the same bits, since only it
-// multiplies queries and weights of attention in bfloat16.
+// By number. Each includes those before it, and all compute the same bits.
 const Kernels KERNELS[] = {KERNELS_OF(avx2), KERNELS_OF(avx512), KERNELS_OF(avx512bf16)};
 
 bool has_avx512() {

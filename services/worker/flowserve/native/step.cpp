@@ -97,11 +97,21 @@ class Runner {
         add(last_items_, {positions_[from], 1, tables_[from]}, 0, 1, from, i, false);
       }
     }
-    // Long ones first: the threads end together.
-    const auto longer = [](const Item& a, const Item& b) { return a.cost() > b.cost(); };
-    std::stable_sort(items_.begin(), items_.end(), longer);
-    std::stable_sort(last_items_.begin(), last_items_.end(), longer);
+    deal(items_);
+    deal(last_items_);
     partials_ = {partial_buffer_.get(num_partials_ * Running::size(heads_.dims)), heads_.dims};
+  }
+
+  // Long ones first, and to each thread's stretch its share of them: the threads end together.
+  void deal(std::vector<Item>& items) {
+    std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost() > b.cost(); });
+    const int64_t total = int64_t(items.size());
+    sorted_.swap(items);
+    items.resize(total);
+    auto item = sorted_.begin();
+    for (int64_t place = 0; item != sorted_.end(); ++place)
+      for (int thread = 0; thread < num_threads_; ++thread)
+        if (const int64_t i = team_.stretch(total, thread) + place; i < team_.stretch(total, thread + 1)) items[i] = *item++;
   }
 
   static Rows rows(Buffer<Group>& buffer, int64_t num_rows, int64_t width) {
@@ -130,7 +140,9 @@ class Runner {
   // What every thread does.
   void forward(const fs_model& model, const fs_cache& cache, const fs_step& step, Team::Member& member) {
     const unsigned int mode = _mm_getcsr();
-    _mm_setcsr(0x1f80);  // whatever others set for this thread: round to nearest, keep small numbers
+    // Whatever others set for this thread: round to nearest, and numbers too small for a normal one are zero, as
+    // the products of bfloat16 pairs have it.
+    _mm_setcsr(0x9fc0);
     Clock clock{step.seconds, member.thread == 0};
     float* x = x_;
     int64_t num_rows = step.num_rows;
@@ -327,7 +339,7 @@ class Runner {
   Rows normed_{}, attended_{}, hidden_{};
   Running partials_{};
   std::vector<int64_t> positions_, tables_;
-  std::vector<Item> items_, last_items_;
+  std::vector<Item> items_, last_items_, sorted_;
   std::vector<Merge> merges_;
 };
 

@@ -2,8 +2,8 @@
 //
 // In a phase each thread does the tasks of its own stretch, then what is left of the others', and goes on once all are
 // done, whoever did them. Neighbouring tasks share rows, weights and cache lines of their results, hence stretches. A
-// thread that the system holds up between two tasks delays no phase, and one held up in a task delays the others by
-// that task; only the end of a step is waited for by all. Waiting is a short spin, then sleep, which gives the core to
+// thread takes a few tasks at a time, a share; one that the system holds up between two shares delays no phase, and one
+// held up in a share delays the others by that share; only the end of a step is waited for by all. Waiting is a short spin, then sleep, which gives the core to
 // whoever is held up. (An OpenMP barrier waits for threads: with one other busy process on two cores, a decode step of
 // 8 ms took 180.)
 #pragma once
@@ -31,6 +31,9 @@ class Team {
   }
   Team(const Team&) = delete;
   ~Team() { stop(); }
+
+  // Where the stretch of `thread` begins, of `total` tasks.
+  int32_t stretch(int64_t total, int thread) const { return int32_t(total * thread / num_threads_); }
 
   // One thread on its way through a step.
   class Member {
@@ -79,22 +82,19 @@ class Team {
       return;
     }
     const int32_t share = std::max(1, total / (num_threads_ * 32));
-    int32_t mine = 0;
+    std::atomic<int32_t>& done = done_[phase].value;
     for (int turn = 0; turn < num_threads_; ++turn) {
       const int owner = (thread + turn) % num_threads_;
-      const int32_t begin = int32_t(int64_t(total) * owner / num_threads_);
-      const int32_t end = int32_t(int64_t(total) * (owner + 1) / num_threads_);
+      const int32_t begin = stretch(total, owner), end = stretch(total, owner + 1);
       std::atomic<int32_t>& next = next_[phase * num_threads_ + owner].value;
-      for (;;) {
+      while (next.load(std::memory_order_relaxed) < end - begin) {
         const int32_t first = begin + next.fetch_add(share, std::memory_order_relaxed);
         if (first >= end) break;
         const int32_t last = std::min(first + share, end);
         for (int32_t i = first; i < last; ++i) task(i);
-        mine += last - first;
+        if (done.fetch_add(last - first, std::memory_order_acq_rel) + last - first == total) done.notify_all();
       }
     }
-    std::atomic<int32_t>& done = done_[phase].value;
-    if (mine && done.fetch_add(mine, std::memory_order_acq_rel) + mine == total) done.notify_all();
     wait(done, [total](int32_t found) { return found == total; });
   }
 
