@@ -29,6 +29,8 @@ class Device(StrEnum):
 
     AUTO = "auto"
     CPU = "cpu"
+    CUDA = "cuda"
+    NPU = "npu"
 
 
 def _home() -> Home:
@@ -72,6 +74,11 @@ def up(
     from deepflow.cli import up as command
     from deepflow.cli.launcher import Plan
 
+    if device in (Device.CUDA, Device.NPU):
+        from deepflow.doctor.doctor import here, require
+
+        with _answering():
+            require(here(), device.value)
     plan = Plan(
         models=tuple(model or [command.DEFAULT_MODEL]),
         num_workers=workers,
@@ -142,6 +149,33 @@ def logs(
 
     with contextlib.suppress(KeyboardInterrupt):
         command.show(_home(), service, follow=follow)
+
+
+@app.command()
+def doctor(
+    device: Annotated[Device, typer.Option(help="What is to compute.")] = Device.AUTO,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what this machine can run, what is amiss, and how to mend it."""
+    from deepflow.cli import doctor as command
+
+    command.show(_home(), device.value, as_json=as_json)
+
+
+@app.command()
+def verify(
+    device: Annotated[Device, typer.Option(help="What is put to the test.")] = Device.AUTO,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two families, and a short bench.")
+    ] = False,
+    json: Annotated[
+        str, typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output.")
+    ] = "",
+) -> None:
+    """Show that a device computes what the CPU computes: models, graphs, KV copies, collectives; and how fast."""
+    from deepflow.cli import verify as command
+
+    command.run(_home(), device.value, quick=quick, target=json)
 
 
 @app.command(

@@ -42,8 +42,9 @@ def can_run() -> str:
     )
 
 
-def read(variables: dict[str, str]) -> dict[str, Any]:
-    """docker-compose.yml with `variables` filled in, as compose does from the environment."""
+def read(variables: dict[str, str], profile: str = "cpu") -> dict[str, Any]:
+    """docker-compose.yml as compose understands it: `variables` filled in as from the environment, and of the services
+    and of what they depend on those that `profile` leaves."""
 
     def fill(match: re.Match[str]) -> str:
         return variables.get(match["name"]) or match["default"] or ""
@@ -51,6 +52,13 @@ def read(variables: dict[str, str]) -> dict[str, Any]:
     text = (ROOT / "docker-compose.yml").read_text()
     pattern = r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}"
     parsed: dict[str, Any] = yaml.safe_load(re.sub(pattern, fill, text))
+    services = parsed["services"]
+    active = {name for name, one in services.items() if profile in one.get("profiles", [profile])}
+    parsed["services"] = {name: services[name] for name in services if name in active}
+    for service in parsed["services"].values():
+        needs = service.get("depends_on", {})
+        assert all(name in active or not how.get("required", True) for name, how in needs.items())
+        service["depends_on"] = {name: needs[name] for name in needs if name in active}
     return parsed
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deepflow.cli.launcher import DRAIN_ORDER
 from deepflow.deploy.nats_config import PRODUCER
@@ -19,6 +22,8 @@ from tests.cli.machine import ROOT, Machine
 from tests.worker.tiny import make_tiny
 
 SERVICES = ("cache", "worker", "scheduler", "gateway")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKERS = {"cpu": "worker", "cuda": "worker-cuda", "npu": "worker-npu"}  # by profile
 # Only a socket that is bound to every address answers here: that is how a published port reaches into a container.
 _OUTSIDE = "127.0.0.2"
 # A client in the machine's network: argv is url, key, JSON body; prints status and body.
@@ -35,18 +40,32 @@ except urllib.error.HTTPError as error:
 """
 
 
+@pytest.fixture(scope="module", params=WORKERS)
+def profile(request: pytest.FixtureRequest) -> str:
+    """Each of the three."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def described() -> dict[str, Any]:
-    """The file, with no variable set."""
-    return machine.read({})
+def described(profile: str) -> dict[str, Any]:
+    """The file under a profile, with no variable set."""
+    return machine.read({}, profile)
+
+
+@pytest.fixture(scope="module")
+def worker(described: dict[str, Any], profile: str) -> dict[str, Any]:
+    """The worker of the profile."""
+    service: dict[str, Any] = described["services"][WORKERS[profile]]
+    return service
 
 
 @pytest.mark.service
-def test_the_file_is_valid() -> None:
-    """The schema of the compose specification accepts it."""
+@pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/npu-8.yml"])
+def test_the_files_are_valid(name: str) -> None:
+    """The schema of the compose specification accepts them."""
     check = Path(sysconfig.get_path("scripts"), "check-jsonschema")
     result = subprocess.run(
-        [check, "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"],
+        [check, "--builtin-schema", "vendor.compose-spec", ROOT / name],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
@@ -66,7 +85,8 @@ def test_a_service_sees_its_own_secrets_only(described: dict[str, Any]) -> None:
     for name, service in described["services"].items():
         secrets = [v.split(":") for v in service["volumes"] if "-secret:" in v]
         if name != "init":
-            assert [volume for volume, *_ in secrets] == [f"{name}-secret"]
+            kind = "worker" if name in WORKERS.values() else name
+            assert [volume for volume, *_ in secrets] == [f"{kind}-secret"]
             assert all(options == ["ro"] for *_, options in ([v[0], v[1], v[2:]] for v in secrets))
 
 
@@ -81,26 +101,175 @@ def test_every_service_is_bounded_and_watched(described: dict[str, Any]) -> None
         assert grace_s > float(service.get("environment", {}).get("DEEPFLOW_GRACE_S", 0))
 
 
-def test_compose_stops_in_the_drain_order(described: dict[str, Any]) -> None:
+def test_compose_stops_in_the_drain_order(described: dict[str, Any], profile: str) -> None:
     """It stops against the dependencies, which are a chain: gateway, scheduler, worker, cache, nats."""
     services = described["services"]
     chain = ["gateway"]
     while depends := list(services[chain[-1]].get("depends_on", {})):
         assert len(depends) == 1
         chain += depends
-    assert chain == [*DRAIN_ORDER, "init"]
+    kinds = ["worker" if name == WORKERS[profile] else name for name in chain]
+    assert kinds == [*DRAIN_ORDER, "init"]
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_each_service_has_its_image(described: dict[str, Any], service: str) -> None:
+def test_each_service_has_its_image(described: dict[str, Any], profile: str) -> None:
     """A Dockerfile of its own, built from the root, that runs the service's command as nobody special."""
-    build = described["services"][service]["build"]
-    assert build["context"] == "."
-    dockerfile = (ROOT / build["dockerfile"]).read_text()
-    command = described["services"][service]["command"]
-    assert f"CMD {json.dumps(command)}" in dockerfile
-    assert re.search(r"^USER deepflow$", dockerfile, re.MULTILINE)
-    assert ("torch" in dockerfile.lower().replace("no torch", "")) == (service == "worker")
+    for kind in SERVICES:
+        service = described["services"][WORKERS[profile] if kind == "worker" else kind]
+        build = service["build"]
+        assert build["context"] == "."
+        dockerfile = (ROOT / build["dockerfile"]).read_text()
+        assert f"CMD {json.dumps(service['command'])}" in dockerfile
+        assert re.search(r"^USER deepflow$", dockerfile, re.MULTILINE)
+        assert ("torch" in dockerfile.lower().replace("no torch", "")) == (kind == "worker")
+
+
+# ------------------------------------------------------------------------------------------------------- profiles
+
+
+def test_the_cpu_is_the_default() -> None:
+    """Compose reads .env beside the file, and a profile on the command line replaces what it says."""
+    assert re.findall(r"^COMPOSE_PROFILES=(.*)$", (ROOT / ".env").read_text(), re.MULTILINE) == [
+        "cpu"
+    ]
+
+
+def test_profiles_differ_in_the_worker_alone(described: dict[str, Any], profile: str) -> None:
+    """Five services are the same, and one worker is there, told its device."""
+    assert set(described["services"]) == {
+        "init",
+        "nats",
+        "cache",
+        "scheduler",
+        "gateway",
+        WORKERS[profile],
+    }
+    worker = described["services"][WORKERS[profile]]
+    common = machine.read({})["services"]["worker"]
+    assert worker["environment"]["DEEPFLOW_DEVICE"] == profile
+    assert (
+        worker["environment"].items()
+        >= (common["environment"] | {"DEEPFLOW_DEVICE": profile}).items()
+    )
+    for key in ("command", "cap_drop", "security_opt", "networks", "healthcheck", "depends_on"):
+        assert worker[key] == common[key]
+
+
+def test_what_a_worker_is_built_from_its_dockerfile_asks_for(worker: dict[str, Any]) -> None:
+    """Every build argument is one that the Dockerfile declares, and the extras are those of pyproject.toml."""
+    dockerfile = (ROOT / worker["build"]["dockerfile"]).read_text()
+    declared = dict(re.findall(r"^ARG (\w+)=(\S+)$", dockerfile, re.MULTILINE))
+    arguments = declared | worker["build"].get("args", {})
+    assert set(arguments) == set(declared)
+    extras = PROJECT["optional-dependencies"]
+    assert set(arguments["EXTRA"].split(",")) <= set(extras)
+    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${BASE}", "${BASE}"]
+
+
+def test_an_npu_worker_gets_what_cann_needs() -> None:
+    """One card and the three managers, the driver read-only from the host, a torch without CUDA, nothing more."""
+    worker = machine.read({}, "npu")["services"]["worker-npu"]
+    assert worker["devices"] == [
+        "/dev/davinci0", "/dev/davinci_manager", "/dev/devmm_svm", "/dev/hisi_hdc"
+    ]  # fmt: skip
+    mounts = [volume for volume in worker["volumes"] if isinstance(volume, dict)]
+    assert {mount["target"] for mount in mounts} == {
+        "/usr/local/Ascend/driver", "/usr/local/dcmi", "/usr/local/bin/npu-smi", "/etc/ascend_install.info"
+    }  # fmt: skip
+    assert all(mount["read_only"] and not mount["bind"]["create_host_path"] for mount in mounts)
+    environment = worker["environment"]
+    assert environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+    # A variable without a value is the host's, or not there: an empty one would hide every NPU.
+    assert environment["ASCEND_RT_VISIBLE_DEVICES"] is None
+    assert (
+        "ASCEND_VISIBLE_DEVICES" not in environment
+    )  # Ascend Docker Runtime's; never beside `devices`
+    assert worker["build"]["args"]["TORCH"] == "cpu"
+    assert re.fullmatch(r"quay\.io/ascend/cann:.*ubuntu.*py3\.11", worker["build"]["args"]["BASE"])
+    assert "privileged" not in worker
+
+
+def test_another_npu_can_be_named() -> None:
+    """By a variable, as the base image and the place of npu-smi can."""
+    chosen = {"DEEPFLOW_NPU": "/dev/davinci3", "DEEPFLOW_CANN_IMAGE": "cann:mine"}
+    worker = machine.read(chosen, "npu")["services"]["worker-npu"]
+    assert worker["devices"][0] == "/dev/davinci3"
+    assert worker["build"]["args"]["BASE"] == "cann:mine"
+
+
+def test_eight_npus_are_handed_in_together() -> None:
+    """The second file adds to the same service, and to no other."""
+    added = yaml.safe_load((ROOT / "deploy/npu-8.yml").read_text())["services"]
+    assert set(added) == {"worker-npu"}
+    assert added["worker-npu"]["devices"] == [f"/dev/davinci{number}" for number in range(8)]
+    assert [mount["target"] for mount in added["worker-npu"]["volumes"]] == ["/etc/hccn.conf"]
+
+
+def test_a_cuda_worker_reserves_its_cards() -> None:
+    """By the container toolkit's driver, which also brings the driver's libraries; torch is the CUDA build."""
+    worker = machine.read({"DEEPFLOW_GPUS": "2"}, "cuda")["services"]["worker-cuda"]
+    reserved = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert reserved == [{"driver": "nvidia", "count": 2, "capabilities": ["gpu"]}]
+    assert worker["environment"]["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert worker["build"]["args"] == {
+        "BASE": "python:3.11-slim",
+        "EXTRA": "cuda,cli",
+        "TORCH": "cuda",
+    }
+
+
+@pytest.mark.parametrize(
+    ("torch", "machine_name", "installs"),
+    [
+        ("cpu", "x86_64", "--extra-index-url https://download.pytorch.org/whl/cpu {torch}+cpu"),
+        ("cpu", "aarch64", "{torch}"),
+        ("cuda", "x86_64", "{torch}"),
+        ("cuda", "aarch64", "{torch}"),
+        (
+            "cu126",
+            "x86_64",
+            "--extra-index-url https://download.pytorch.org/whl/cu126 {torch}+cu126",
+        ),
+    ],
+)
+def test_the_image_takes_the_torch_that_its_device_needs(
+    tmp_path: Path, torch: str, machine_name: str, installs: str
+) -> None:
+    """The Dockerfile's own line, run with a pip that says what it was asked for."""
+    dockerfile = (ROOT / "services/worker/Dockerfile").read_text().replace("\\\n", "")
+    line = next(
+        one.removeprefix("RUN ")
+        for one in dockerfile.splitlines()
+        if one.startswith('RUN torch="$(')
+    )
+    for name, script in (("pip", 'echo "$@"'), ("uname", f"echo {machine_name}")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH": torch},
+    )  # fmt: skip
+    asked = done.stdout.strip().removeprefix("install --no-cache-dir ")
+    pinned = PROJECT["optional-dependencies"]["worker"][0]
+    assert asked == installs.format(torch=pinned)
+
+
+def test_the_entrypoint_takes_up_cann_and_then_runs_the_command(tmp_path: Path) -> None:
+    """CANN's variables and the driver's libraries are there where the image has them, and the exit code is the
+    command's; where it has none, only the command is."""
+    entrypoint = str(ROOT / "services/worker/entrypoint.sh")
+    show = ["sh", "-c", 'echo "$CANN:$LD_LIBRARY_PATH:$TORCH_DEVICE_BACKEND_AUTOLOAD"; exit 7']
+    env = {"PATH": "/usr/bin:/bin", "DEEPFLOW_ASCEND_HOME": str(tmp_path)}
+    done = subprocess.run([entrypoint, *show], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, "::0\n")
+    (tmp_path / "ascend-toolkit").mkdir()
+    (tmp_path / "ascend-toolkit/set_env.sh").write_text(
+        "export CANN=here LD_LIBRARY_PATH=/cann:$UNSET\n"
+    )
+    (tmp_path / "driver/lib64/driver").mkdir(parents=True)
+    done = subprocess.run([entrypoint, *show], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == f"here:{tmp_path}/driver/lib64/driver:/cann::0\n"
 
 
 class Platform:
