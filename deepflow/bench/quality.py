@@ -102,7 +102,7 @@ def bench_quality(
     window = min(WINDOW, model.context)
     texts = windows(tokenizer, PROSE.read_text(encoding="utf-8"), num_tokens, window)
     decoders = [
-        load_decoder(model.path, dtype=name, threads=threads, cache_dir=cache_dir)
+        load_decoder(model.path, device="cpu", dtype=name, threads=threads, cache_dir=cache_dir)
         for name in (reference, dtype)
     ]
     for decoder in decoders:

@@ -11,7 +11,8 @@ from typing import Final
 
 from deepflow.doctor.finding import Finding, State
 from deepflow.doctor.host import Host
-from deepflow.doctor.torch_build import Seen, TorchBuild
+from deepflow.doctor.torch_probe import Seen
+from services.worker.flowserve.device.torch_build import TorchBuild
 
 _VENDOR: Final = "0x19e5"
 _CLASSES: Final = ("0x1200",)  # processing accelerators

@@ -12,7 +12,8 @@ from pathlib import Path
 from deepflow.doctor import ascend, nvidia, software
 from deepflow.doctor.finding import Examination, Finding
 from deepflow.doctor.host import Host
-from deepflow.doctor.torch_build import Seen, TorchBuild, installed, probe
+from deepflow.doctor.torch_probe import Seen, installed, probe
+from services.worker.flowserve.device.torch_build import TorchBuild
 from shared.errors import Unavailable
 
 

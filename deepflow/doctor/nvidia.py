@@ -7,7 +7,8 @@ from typing import Final
 
 from deepflow.doctor.finding import Finding, State
 from deepflow.doctor.host import Host
-from deepflow.doctor.torch_build import Seen, TorchBuild
+from deepflow.doctor.torch_probe import Seen
+from services.worker.flowserve.device.torch_build import TorchBuild
 
 _VENDOR: Final = "0x10de"
 _CLASSES: Final = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from deepflow.doctor import torch_build
+from deepflow.doctor import torch_probe
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
                 names.append(str(runtime.get_device_name(index)))
     except (ImportError, OSError, RuntimeError) as failure:  # whatever a driver answers torch with
         error = " ".join(f"{type(failure).__name__}: {failure}".split())
-    print(torch_build.answer(names, error), flush=True)  # noqa: T201 # the answer
+    print(torch_probe.answer(names, error), flush=True)  # noqa: T201 # the answer
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import psutil
 from deepflow.cli.nats_server import find_binary
 from deepflow.doctor.finding import DEVICES, Finding, State
 from deepflow.doctor.host import Host
-from deepflow.doctor.torch_build import TorchBuild, installed
+from deepflow.doctor.torch_probe import installed
+from services.worker.flowserve.device.torch_build import TorchBuild
 from services.worker.settings import num_cores
 from shared import catalog
 from shared.errors import Unavailable

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from deepflow.doctor import ascend, nvidia, torch_build
+from deepflow.doctor import ascend, nvidia, torch_probe
 from deepflow.doctor.doctor import here, require
 from deepflow.doctor.finding import Examination, Finding, State
 from deepflow.doctor.host import Host
-from deepflow.doctor.torch_build import Seen, TorchBuild
+from deepflow.doctor.torch_probe import Seen
+from services.worker.flowserve.device.torch_build import TorchBuild
 from shared.errors import Unavailable
 
 PLAIN = TorchBuild("2.13.0+cpu", None)
@@ -262,7 +263,7 @@ def test_what_torch_saw_decides_in_the_end() -> None:
 def test_the_installed_torch_is_told_without_loading_it() -> None:
     """The version file says what `torch.__version__` and `torch.version.cuda` say."""
     script = (
-        "import json, sys; from deepflow.doctor.torch_build import TorchBuild; "
+        "import json, sys; from services.worker.flowserve.device.torch_build import TorchBuild; "
         "built = TorchBuild.installed(); early = 'torch' in sys.modules; import torch; "
         "print(json.dumps([early, built.version, torch.__version__, built.cuda, torch.version.cuda]))"
     )
@@ -287,9 +288,9 @@ def test_neither_doctor_nor_verify_loads_torch_itself() -> None:
 
 def test_the_probe_tells_what_torch_saw() -> None:
     """In a process of its own, with a reason where there is no device."""
-    if torch_build.installed("torch-npu") is not None:
+    if torch_probe.installed("torch-npu") is not None:
         pytest.skip("torch-npu is installed here")
-    assert torch_build.probe(here(), "npu") == Seen(error="torch sees no npu device")
+    assert torch_probe.probe(here(), "npu") == Seen(error="torch sees no npu device")
 
 
 def test_a_command_told_a_device_that_is_not_here_says_what_to_install(tmp_path: Path) -> None:

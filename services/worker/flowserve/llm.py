@@ -63,8 +63,9 @@ class Piece:
 class FlowServe:
     """A loaded model. `model` is a name that `deepflow pull` knows, or a folder in Hugging Face form.
 
-    The KV cache holds `kv_tokens` tokens, or as many as fit `kv_bytes`; what is left out of `threads`, `cache_dir` and
-    `kernels` is as in `load_decoder`, and `asynchronous` and `speculation` are those of `EngineSettings`.
+    The KV cache holds `kv_tokens` tokens, or as many as fit `kv_bytes`. `device`, `dtype`, and what is left out of
+    `threads`, `cache_dir` and `kernels`, are as in `load_decoder`, `asynchronous` and `speculation` as in
+    `EngineSettings`.
     Raises ModelNotFound for an unknown name; what is wrong with a folder otherwise.
     """
 
@@ -72,6 +73,7 @@ class FlowServe:
         self,
         model: str | Path,
         *,
+        device: str = "auto",
         dtype: str = "w8a8",
         kv_tokens: int | None = None,
         kv_bytes: int = 1 << 30,
@@ -88,6 +90,7 @@ class FlowServe:
         self.template = ChatTemplate.load(folder)
         self.engine = Engine.from_folder(
             folder,
+            device=device,
             dtype=dtype,
             kv_tokens=kv_tokens,
             kv_bytes=kv_bytes,

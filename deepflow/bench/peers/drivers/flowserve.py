@@ -29,7 +29,11 @@ class Driver:
         max_num_seqs: int,
     ) -> None:
         self._engine = Engine.from_folder(
-            Path(model), threads=threads, kv_tokens=num_tokens, max_num_seqs=max_num_seqs
+            Path(model),
+            device="cpu",
+            threads=threads,
+            kv_tokens=num_tokens,
+            max_num_seqs=max_num_seqs,
         )
         self._names = map(str, count())
         self._open: list[str] = []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from services.worker.flowserve.config import ModelError
+from services.worker.flowserve.device.torch_build import TorchBuild
 from services.worker.settings import DEVICES
 
 if TYPE_CHECKING:
@@ -77,4 +78,5 @@ def _why_no_cuda() -> str | None:
         return "CUDA_VISIBLE_DEVICES hides all"
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return "no /dev/nvidia*"
-    return None
+    build = TorchBuild.installed()
+    return None if build and build.cuda else "the torch installed here is built without CUDA"

@@ -1,52 +1,20 @@
-"""Which torch is installed, read without loading it, and what it sees of a device, asked in a process of its own.
+"""What is installed, and what torch sees of a device, asked in a process of its own.
 
 A driver that hangs or crashes takes that process with it and nothing else. This module must not know cards or drivers.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Final
 
 from deepflow.doctor.host import Host
 
 _PROBE_S: Final = 90.0  # the first operation on a device may compile
 _ANSWER: Final = "deepflow-probe "  # begins the line that is ours among what libraries print
-
-
-@dataclass(frozen=True, slots=True)
-class TorchBuild:
-    """`version` in full ("2.13.0+cpu"); `cuda` is what it was built for ("13.0"), None for another build."""
-
-    version: str
-    cuda: str | None
-
-    @property
-    def release(self) -> str:
-        """The version without the build: "2.13.0"."""
-        return self.version.partition("+")[0]
-
-    @property
-    def kind(self) -> str:
-        """The build in a word or two."""
-        return f"CUDA {self.cuda}" if self.cuda else "no CUDA"
-
-    @classmethod
-    def installed(cls) -> TorchBuild | None:
-        """This environment's torch, from the file in which it keeps its version; None if there is none."""
-        spec = importlib.util.find_spec("torch")
-        if spec is None or spec.origin is None:
-            return None
-        text = Path(spec.origin).with_name("version.py").read_text()
-        found = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
-        cuda = re.search(r"^cuda\b[^=]*= '([^']+)'", text, re.MULTILINE)
-        return cls(found[1] if found else version("torch"), cuda[1] if cuda else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
