@@ -29,6 +29,7 @@ def request(
     output: list[list[int]] | None = None,
     ended: Iterable[int] = (),
     deadline_ms: int = 60_000,
+    page: int = PAGE,
     **fields: Any,
 ) -> Request:
     prompt = PROMPT if prompt is None else prompt
@@ -40,7 +41,7 @@ def request(
         tenant="t",
         prompt=prompt,
         root=ROOT,
-        hashes=blockhash.chain(ROOT, [abs(token) for token in prompt], PAGE),
+        hashes=blockhash.chain(ROOT, [abs(token) for token in prompt], page),
         sampling=Sampling(**{"max_tokens": 24, "seed": 5, "ignore_eos": True} | fields),
         deadline_ms=deadline_ms,
         park_ms=0,
@@ -54,9 +55,11 @@ class Bench:
 
     mode: ClassVar[dict[str, Any]] = {}  # how steps are executed; set by the fixture of that name
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int = 128, **limits: Any) -> None:
+    def __init__(
+        self, decoder: Decoder, *, num_blocks: int = 128, page: int = PAGE, **limits: Any
+    ) -> None:
         self.now = 0.0
-        settings = EngineSettings(num_blocks=num_blocks, page=PAGE, **(self.mode | limits))
+        settings = EngineSettings(num_blocks=num_blocks, page=page, **(self.mode | limits))
         self.engine = Engine(decoder, settings, eos_ids=[0, 2], clock=lambda: self.now)
         self.ids: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.logprobs: dict[tuple[str, int], list[TokenLogprobs]] = defaultdict(list)

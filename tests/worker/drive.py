@@ -32,9 +32,12 @@ class Sequence:
 class Driver:
     """A decoder with a new cache, whose blocks are handed out in shuffled order. A former driver of it is done for."""
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self, decoder: Decoder, *, num_blocks: int = 256, page: int = PAGE, seed: int = 0
+    ) -> None:
         self.decoder = decoder
-        decoder.allocate(num_blocks, PAGE)
+        self.page = page
+        decoder.allocate(num_blocks, page)
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
 
@@ -43,7 +46,7 @@ class Driver:
         spans, tokens = [], []
         for sequence, n in parts:
             end = sequence.computed + n
-            while len(sequence.table) * PAGE < end:
+            while len(sequence.table) * self.page < end:
                 sequence.table.append(self._free.pop())
             spans.append(Span(sequence.computed, n, sequence.table))
             tokens += sequence.ids[sequence.computed : end]

@@ -22,14 +22,18 @@ class Mlp(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """SwiGLU between two products."""
+    """SwiGLU between two products, of which the second may want its inputs rotated, block by block."""
 
     device: Device
     gate_up: Linear  # width -> 2 * hidden, the gate's half first
     down: Linear  # hidden -> width
+    rotation: torch.Tensor | None = None  # [block, block]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.device.swiglu(self.gate_up(x)))
+        h = self.device.swiglu(self.gate_up(x))
+        if self.rotation is not None:
+            h = (h.view(-1, len(self.rotation)) @ self.rotation).view(h.shape)
+        return self.down(h)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,12 @@ Pipeline parallelism gives each stage a run of layers. This module must not know
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
 
 from services.worker.flowserve.config import ModelConfig, ModelError
 
-_UNIT = (
-    32  # hidden values are dealt out in groups of W8A8, which are also whole rows of a matrix unit
-)
+# Hidden values are dealt out in groups of W8A8, which are also whole rows of a matrix unit.
+HIDDEN_UNIT: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class Rank:
 
     def hidden(self, size: int) -> range:
         """The hidden values of an MLP of this slice: whole units, and what is left over in the last."""
-        num_units = -(-size // _UNIT)
+        num_units = -(-size // HIDDEN_UNIT)
         begin, end = (num_units * slice_ // self.tp_size for slice_ in (self.tp, self.tp + 1))
-        return range(begin * _UNIT, min(end * _UNIT, size))
+        return range(begin * HIDDEN_UNIT, min(end * HIDDEN_UNIT, size))
 
     def vocab(self, size: int) -> range:
         """The tokens of this slice. All slices are of one size, so the last may reach beyond the vocabulary."""
@@ -82,7 +82,7 @@ class Rank:
                 f"{self.tp_size} ranks cannot share {config.num_kv_heads} key/value heads evenly"
             )
         smallest = min(config.mlp_sizes)
-        if -(-smallest // _UNIT) < self.tp_size:
+        if -(-smallest // HIDDEN_UNIT) < self.tp_size:
             raise ModelError(
                 f"{self.tp_size} ranks cannot share an MLP of {smallest} hidden values"
             )

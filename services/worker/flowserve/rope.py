@@ -19,11 +19,12 @@ _CHUNK = 4096  # positions by which the table grows
 class RotaryTable:
     """cos and sin of every position so far asked for, scaled as the model wants.
 
-    Both are kept for one half of a head: x[i] and x[i + head_dim / 2] turn together, by the same angle.
+    Both are kept for one half of a head: x[i] and x[i + head_dim / 2] turn together, by the same angle. `scale` is the
+    factor that is in them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        self._frequencies, self._scale = inverse_frequencies(
+        self._frequencies, self.scale = inverse_frequencies(
             config.rope, config.head_dim, config.context
         )
         self._cos = np.empty((0, config.head_dim // 2), np.float32)
@@ -37,7 +38,7 @@ class RotaryTable:
             # Angles are rounded as everyone rounds them. Their cosines are taken in double precision, which leaves
             # next to nothing to this machine's own approximation.
             angles = np.outer(positions, self._frequencies).astype(np.float64)
-            cos, sin = (np.cos(angles) * self._scale), (np.sin(angles) * self._scale)
+            cos, sin = (np.cos(angles) * self.scale), (np.sin(angles) * self.scale)
             self._cos = np.concatenate((self._cos, cos.astype(np.float32)))
             self._sin = np.concatenate((self._sin, sin.astype(np.float32)))
         return self._cos, self._sin

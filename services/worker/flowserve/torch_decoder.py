@@ -1,4 +1,5 @@
-"""The decoder in torch, over any device: one definition for Llama, SmolLM2, Mistral, Qwen2 and Qwen3.
+"""The decoder in torch, over any device: one definition for Llama, SmolLM2, Mistral, Qwen2 and Qwen3, and
+for the mixtures of experts Mixtral, Qwen2-MoE and Qwen3-MoE.
 
 A step's rows are (sequence, position) pairs of any mix of sequences, decode rows and prompt chunks alike; everything
 but attention works row by row. Several executors may hold one model: then each computes its heads, hidden values and
@@ -19,16 +20,20 @@ from services.worker.flowserve.checkpoint import Checkpoint
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Floats, StepInput
 from services.worker.flowserve.device.device import KV, Device, Plan
+from services.worker.flowserve.graphs import Graphs
 from services.worker.flowserve.prepared import open_prepared
 from services.worker.flowserve.rank import Rank
+from services.worker.flowserve.rotation import RotatedCheckpoint
 from services.worker.flowserve.spmd.collective import Alone, Collective
 from services.worker.flowserve.torch_weights import Layer, Weights, from_checkpoint, from_prepared
 
 
 class TorchDecoder:
-    """A `decoder.Decoder`, or one executor's share of it. `config` is the whole model's."""
+    """A `decoder.Decoder`, or one executor's share of it. `config` is the whole model's.
 
-    num_stages = 1
+    Decode steps are replayed as graphs where the device and the collective let them, unless `graphs` is False; not in
+    pipelines, whose rows come from and go to another executor between the layers.
+    """
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class TorchDecoder:
         device: Device,
         rank: Rank | None = None,
         collective: Collective | None = None,
+        graphs: bool = True,
     ) -> None:
         self.config = config
         self._weights = weights
@@ -48,6 +54,10 @@ class TorchDecoder:
         self._collective = collective or Alone()
         self._own = self._rank.part(config)
         self._kv: KV | None = None
+        self._has_graphs = (
+            graphs and device.has_graphs and self._collective.in_graphs and self._rank.pp_size == 1
+        )
+        self._graphs: Graphs | None = None
 
     @classmethod
     def load(
@@ -59,6 +69,7 @@ class TorchDecoder:
         device: Device,
         rank: Rank | None = None,
         collective: Collective | None = None,
+        graphs: bool = True,
     ) -> TorchDecoder:
         """Reads a model folder in Hugging Face form; the CPU's W8A8 comes from prepared weights below `cache_dir`.
         Raises ModelError naming the architecture, key or tensor at fault."""
@@ -68,14 +79,26 @@ class TorchDecoder:
         device.activations(dtype)
         if dtype == "w8a8" and device.reads_prepared:
             weights = from_prepared(open_prepared(folder, cache_dir), device, rank)
+        elif dtype == "w8a8":
+            rotated = RotatedCheckpoint(config, Checkpoint(folder))
+            weights = from_checkpoint(config, rotated, dtype, device, rank)
         else:
             weights = from_checkpoint(config, Checkpoint(folder), dtype, device, rank)
-        return cls(config, weights, dtype, device=device, rank=rank, collective=collective)
+        return cls(
+            config,
+            weights,
+            dtype,
+            device=device,
+            rank=rank,
+            collective=collective,
+            graphs=graphs,
+        )
 
     @property
     def description(self) -> str:
         """What computes, in a few words."""
-        return f"{self._device.description}, {self._dtype}"
+        graphs = ", graphs" if self._has_graphs else ""
+        return f"{self._device.description}, {self._dtype}{graphs}"
 
     @property
     def timings(self) -> dict[str, float]:
@@ -88,20 +111,39 @@ class TorchDecoder:
         assert self._kv is not None, "allocate comes first"
         return self._kv
 
+    @property
+    def num_graphs(self) -> int:
+        """Graphs recorded so far."""
+        return self._graphs.num_recorded if self._graphs is not None else 0
+
     def bytes_per_block(self, page: int) -> int:
         """Memory of one KV block of `page` positions over this executor's layers."""
         return self._device.bytes_per_block(self._own, page, self._dtype)
 
     def allocate(self, num_blocks: int, page: int) -> None:
         """Makes the KV cache."""
+        self._graphs = None  # they hold the former cache
         self._kv = self._device.allocate_kv(self._own, num_blocks, page, self._dtype)
+        if self._has_graphs:
+            self._graphs = Graphs(
+                self._device,
+                self._kv,
+                self._decode,
+                context=self.config.context,
+                vocab=self.config.vocab,
+                dtype=self._device.activations(self._dtype),
+                may_fail=self._rank.size == 1,
+            )
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Floats:
         """Computes the rows of `step`, stores their keys and values, and returns logits fp32
         [len(step.sample_rows), vocab]; no rows, in a stage that is not the last."""
+        if self._graphs is not None and (logits := self._graphs.logits(step)) is not None:
+            return self._device.floats(logits)
         plan = self.kv.plan(step.spans)
-        x = self._layers(self._first(step.tokens), plan, self.kv.layers)
+        ids = self._device.tensor(np.array(step.tokens))
+        x = self._layers(self._first(ids), plan, self.kv.layers)
         if not self._rank.is_last:
             self._collective.send(x)
             return np.empty((0, self.config.vocab), np.float32)
@@ -110,13 +152,16 @@ class TorchDecoder:
         rows = self._device.tensor(np.array(step.sample_rows))
         return self._device.floats(self._logits(x[rows]))
 
-    def _first(self, tokens: list[int]) -> torch.Tensor:
-        """Rows [T, width] as they enter this stage."""
+    def _decode(self, ids: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Tokens [T] -> logits [T, vocab]: all of a step, in a model that is not in stages."""
+        return self._logits(self._layers(self._first(ids), plan, self.kv.layers))
+
+    def _first(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [T, width] of the tokens [T] as they enter this stage."""
         embed = self._weights.embed
         if embed is None:
-            shape = (len(tokens), self.config.width)
+            shape = (len(ids), self.config.width)
             return self._collective.recv(shape, self._device.activations(self._dtype))
-        ids = self._device.tensor(np.array(tokens))
         if self._rank.tp_size == 1:
             return embed(ids)
         own = self._rank.vocab(self.config.vocab)

@@ -23,6 +23,7 @@ from services.worker.flowserve.mlp import DenseMlp, Mlp, MoeMlp, SharedMlp
 from services.worker.flowserve.prepared import Prepared
 from services.worker.flowserve.quantise import GROUP, PANEL, Floats
 from services.worker.flowserve.rank import Rank
+from services.worker.flowserve.rotation import RotatedCheckpoint
 
 _EMBED = "model.embed_tokens"
 
@@ -52,7 +53,11 @@ class Weights:
 
 
 def from_checkpoint(
-    config: ModelConfig, checkpoint: Checkpoint, dtype: str, device: Device, rank: Rank
+    config: ModelConfig,
+    checkpoint: Checkpoint | RotatedCheckpoint,
+    dtype: str,
+    device: Device,
+    rank: Rank,
 ) -> Weights:
     """Products in `dtype`; `config` is the whole model's. Raises ModelError naming a tensor that is missing or odd."""
     width, head_dim = config.width, config.head_dim
@@ -102,7 +107,14 @@ def from_checkpoint(
             device,
             by_outputs(gate_up, width, bias=bias),
             by_inputs(f"{name}.down_proj", size, own, bias=bias),
+            rotation(size),
         )
+
+    def rotation(size: int) -> torch.Tensor | None:
+        """Of the inputs of such a `down_proj`."""
+        if not isinstance(checkpoint, RotatedCheckpoint):
+            return None
+        return device.tensor(checkpoint.of_hidden(size).matrix, activations)
 
     def sparse(block: str, moe: MoeConfig) -> MoeMlp:
         """The mixture of experts `block`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ import torch
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Floats, Span
 from services.worker.flowserve.tensorfile import Array
+
+# A decode step of more rows computes longer than it takes to tell the device what, so it is not recorded.
+MAX_GRAPH_ROWS: Final = 256
 
 Rows = tuple[Floats, Floats | None]  # rows of weights fp32 [n, in] and their bias [n]
 

@@ -22,7 +22,13 @@ TIMEOUT: Final = timedelta(minutes=5)
 
 
 class Collective(Protocol):
-    """Every rank calls the same in the same order. Results may take the place of their inputs."""
+    """Every rank calls the same in the same order. Results may take the place of their inputs.
+
+    `in_graphs`: `all_reduce` and `all_gather` may be recorded in a device's graph.
+    """
+
+    @property
+    def in_graphs(self) -> bool: ...
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all x of this stage, the same bits on each of its ranks."""
@@ -44,6 +50,8 @@ class Collective(Protocol):
 class Alone:
     """One executor holds the whole model."""
 
+    in_graphs = True
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x."""
         return x
@@ -64,7 +72,8 @@ class Alone:
 class Distributed:
     """torch.distributed between the executors of one model. There is one in a process; `connect` comes first.
 
-    `backend` is gloo, nccl or hccl, `store` the descriptor of a file that all ranks inherited.
+    `backend` is gloo, nccl or hccl, `store` the descriptor of a file that all ranks inherited. It must stay open to the
+    process's end: torch opens the file anew whenever it lets go of the last part of a group.
     """
 
     def __init__(self, rank: Rank, *, backend: str, place: torch.device, store: int) -> None:
@@ -75,6 +84,11 @@ class Distributed:
         self._stage: dist.ProcessGroup | None = None
         # With the tensors, which must stay until they are gone.
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    @property
+    def in_graphs(self) -> bool:
+        """See `Collective`: gloo's run on the host, which a replay does not come by."""
+        return self._backend != "gloo" or self._rank.tp_size == 1
 
     def connect(self) -> None:
         """Meet all the others. Raises RuntimeError where one does not come."""
@@ -96,7 +110,7 @@ class Distributed:
                 self._stage = group
 
     def close(self) -> None:
-        """Leave; the others may have gone already."""
+        """Leave, after the others."""
         self._sending.clear()
         if self._stage is not None:
             self._stage = None
@@ -111,6 +125,7 @@ class Distributed:
         if self._rank.tp_size == 1:
             return x
         if self._backend != "gloo":
+            x = x.contiguous()
             dist.all_reduce(x, group=self._stage)
             return x
         first, *others = self._gather(x)
@@ -124,10 +139,9 @@ class Distributed:
 
     def send(self, x: torch.Tensor) -> None:
         """See `Collective`."""
-        while self._sending and (
-            len(self._sending) > self._rank.pp_size or self._sending[0][0].is_completed()
-        ):
-            self._sending.popleft()[0].wait()
+        if len(self._sending) > self._rank.pp_size:  # no more steps are in the pipeline
+            self._sending[0][0].wait()
+            self._sending.popleft()
         x = x.contiguous()
         work = dist.isend(x, self._rank.index + self._rank.tp_size)
         assert work is not None
