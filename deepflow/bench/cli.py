@@ -181,8 +181,13 @@ def engine(
     from deepflow.bench.engine.bench import bench_engine
     from deepflow.bench.engine.plan import Plan
     from deepflow.bench.engine.runner import RunnerSettings
+    from deepflow.doctor.doctor import here, require
     from services.worker.settings import num_cores
 
+    try:
+        require(here(), device)
+    except DeepFlowError as error:
+        fail(error.message)
     plan = Plan(
         batches=_batches(batch),
         prompt_len=prompt_len,
@@ -288,6 +293,39 @@ def quality(
             )
     except DeepFlowError as error:
         fail(error.message)
+    report.write(json, console)
+
+
+@app.command()
+def pipeline(
+    num: Annotated[int, typer.Option(min=2, help="Requests in all.")] = 400,
+    rate: Annotated[float, typer.Option(min=0.0001, help="Arrivals per virtual second.")] = 8.0,
+    long_every: Annotated[int, typer.Option(min=1, help="One prompt in so many is long.")] = 10,
+    long_len: Annotated[int, typer.Option(min=1, max=100_000, help="Its tokens.")] = 8192,
+    chat_len: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Tokens of the other prompts.")
+    ] = 256,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens.")] = 128,
+    max_batched_tokens: Annotated[int, typer.Option(min=64, help="Rows of a step at most.")] = 512,
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """Chunks of a prompt spread over the micro-batches of a pipeline or kept in one: TTFT and TPOT in virtual time."""
+    from deepflow.bench.pipeline import Load, bench_pipeline
+
+    load = Load(
+        num=num,
+        rate=rate,
+        long_every=long_every,
+        long_len=long_len,
+        chat_len=chat_len,
+        output_len=output_len,
+        max_batched_tokens=max_batched_tokens,
+    )
+    try:
+        report = bench_pipeline(load, seed)
+    except ValueError as error:
+        fail(f"--num: {error}", 2)
     report.write(json, console)
 
 

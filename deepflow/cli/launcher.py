@@ -45,6 +45,8 @@ class Plan:
     host: str
     port: int
     device: str
+    tp: int = 1  # executors that share each layer of a model
+    pp: int = 1  # stages of layers
 
 
 class Launcher:
@@ -154,6 +156,8 @@ class Launcher:
                 "DEEPFLOW_MODELS": ",".join(self._plan.models),
                 "DEEPFLOW_WORKERS": str(self._plan.num_workers),
                 "DEEPFLOW_DEVICE": self._plan.device,
+                "DEEPFLOW_TP": str(self._plan.tp),
+                "DEEPFLOW_PP": str(self._plan.pp),
             }
         inherited = {k: v for k, v in self._env.items() if not k.startswith("DEEPFLOW_NATS_")}
         return inherited | own

@@ -64,6 +64,12 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Engines (TEs) of each model.")] = 1,
     device: Annotated[Device, typer.Option(help="Where the engines compute.")] = Device.AUTO,
+    tp: Annotated[
+        int, typer.Option(envvar="DEEPFLOW_TP", min=1, max=64, help="Devices that share a layer.")
+    ] = 1,
+    pp: Annotated[
+        int, typer.Option(envvar="DEEPFLOW_PP", min=1, max=64, help="Stages of layers, of tp each.")
+    ] = 1,
     host: Annotated[
         str, typer.Option(help="Beyond loopback the gateway needs keys.")
     ] = "127.0.0.1",
@@ -85,6 +91,8 @@ def up(
         host=host,
         port=port,
         device=device.value,
+        tp=tp,
+        pp=pp,
     )
     with _answering():
         raise typer.Exit(command.up(_home(), plan, detach=detach))

@@ -37,6 +37,8 @@ def up(home: Home, plan: Plan, *, detach: bool) -> int:
         host=plan.host,
         port=plan.port,
         device=plan.device,
+        tp=plan.tp,
+        pp=plan.pp,
     )
     return _detached(home, plan) if detach else _foreground(home, plan)
 
@@ -81,7 +83,7 @@ def _detached(home: Home, plan: Plan) -> int:
     log = home.log("launcher")
     command = [sys.executable, "-m", "deepflow.cli.main", "up", "--host", plan.host]
     command += ["--port", str(plan.port), "--workers", str(plan.num_workers)]
-    command += ["--device", plan.device]
+    command += ["--device", plan.device, "--tp", str(plan.tp), "--pp", str(plan.pp)]
     for model in plan.models:
         command += ["--model", model]
     with log.open("wb") as output:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PR_SET_PDEATHSIG: Final = 1
+RANK_LOST: Final = 3  # exit code of a TE that lost one of the executors that hold its model
 
 
 class Child:
@@ -57,6 +58,8 @@ class Child:
     async def wait(self) -> str:
         """Wait for its end; how it ended, in words ("killed by SIGKILL", "exited with 1")."""
         code = await self._process.wait()
+        if code == RANK_LOST:
+            return f"lost a rank of its model, exited with {code}"
         if code >= 0:
             return f"exited with {code}"
         try:

@@ -6,13 +6,18 @@ This module must not know the bus or the shell.
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from typing import TYPE_CHECKING, Final
 
+from services.worker.child import RANK_LOST
 from services.worker.flowserve.engine import Engine
 from services.worker.flowserve.life import local_request
+from shared import log
 from shared.messages import Sampling
 
 if TYPE_CHECKING:
+    from services.worker.flowserve.spmd.crew import Loss
     from services.worker.settings import TeSettings
     from shared.catalog import ModelFolder
 
@@ -37,12 +42,20 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
         kernels=settings.kernels,
         asynchronous=settings.asynchronous,
         speculation=settings.speculation,
+        on_loss=_end_process,
     )
     _warm_up(engine)
     # What was made so far stays: the collector need not visit it again.
     gc.collect()
     gc.freeze()
     return engine
+
+
+def _end_process(loss: Loss) -> None:
+    """A TE without one of its ranks is a dead TE: its pod host and the gateways know what to do about those."""
+    log.get(service="te").error("rank_lost", rank=loss.rank, pid=loss.pid, reason=loss.reason)
+    sys.stderr.flush()
+    os._exit(RANK_LOST)
 
 
 def _warm_up(engine: Engine) -> None:

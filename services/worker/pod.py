@@ -14,10 +14,12 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from services.worker.child import Child
+from services.worker.flowserve.device.pick import pick
 from services.worker.meters import Meters
 from services.worker.recipe import model_entry, pick_backend, served_context
 from services.worker.registrar import Registrar
 from services.worker.settings import WorkerSettings, for_te
+from services.worker.visible import present, visible
 from shared.catalog import open_model
 from shared.errors import DeepFlowError
 from shared.liveness import Liveness
@@ -43,6 +45,7 @@ class Place:
     def __init__(self, model: str, label: str) -> None:
         self.model = model
         self.label = label  # on metrics
+        self.devices: dict[str, str] = {}  # the variable that shows it its accelerators
         self.restarts = Restarts()
         self.child: Child | None = None
         self.te = ""  # the present instance, once it told its name
@@ -74,6 +77,16 @@ class Pod:
     async def open(self) -> None:
         """Announce the models and start everything. Raises ModelNotFound, ModelError, Unavailable."""
         service, settings = self._service, self._settings
+        device = pick(settings.device).name
+        num_present = present(device)
+        for number, place in enumerate(self._places):
+            place.devices = visible(
+                device,
+                self._env,
+                num_present=num_present,
+                place=number,
+                num_ranks=settings.tp * settings.pp,
+            )
         for name in settings.models:
             folder = open_model(settings.cache_dir, name)
             backend = pick_backend(folder, settings)
@@ -112,7 +125,13 @@ class Pod:
 
     async def _live(self, place: Place) -> str:
         """One TE from its start to its end; how it ended."""
-        env = for_te(self._env, self._settings, model=place.model, pod=self._service.id)
+        env = for_te(
+            self._env,
+            self._settings,
+            model=place.model,
+            pod=self._service.id,
+            devices=place.devices,
+        )
         place.te, place.verdict, place.state = "", "", "starting"
         place.started_at = time.monotonic()
         child = place.child = await Child.start("services.worker.te", env)

@@ -101,11 +101,17 @@ class TeSettings(WorkerSettings):
 
 
 def for_te(
-    env: Mapping[str, str], settings: WorkerSettings, *, model: str, pod: str
+    env: Mapping[str, str],
+    settings: WorkerSettings,
+    *,
+    model: str,
+    pod: str,
+    devices: Mapping[str, str],
 ) -> dict[str, str]:
-    """The environment of a TE of `model`: the pod host's own, and what makes it that TE."""
+    """The environment of a TE of `model`: the pod host's own, what makes it that TE, and the accelerators it sees."""
     return {
         **env,
+        **devices,
         "DEEPFLOW_TE_MODEL": model,
         "DEEPFLOW_TE_POD": pod,
         "DEEPFLOW_INSTANCE": "",

@@ -9,7 +9,7 @@ import pytest
 from services.worker.flowserve.backend import load_decoder
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Decoder
-from tests.worker.arithmetic import ArithmeticDecoder
+from tests.worker.arithmetic import ArithmeticDecoder, ArithmeticPipeline
 from tests.worker.bench import GREEDY, PROMPT, Bench, request
 from tests.worker.tiny import make_tiny
 
@@ -27,7 +27,7 @@ def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Bench, "mode", request.param)
 
 
-@pytest.fixture(scope="module", params=["arithmetic", "model"])
+@pytest.fixture(scope="module", params=["arithmetic", "model", "pipeline"])
 def decoder(
     request: pytest.FixtureRequest,
     tiny_config: ModelConfig,
@@ -35,6 +35,8 @@ def decoder(
 ) -> Decoder:
     if request.param == "arithmetic":
         return ArithmeticDecoder(tiny_config)
+    if request.param == "pipeline":
+        return ArithmeticPipeline(tiny_config, num_stages=3)
     folder = tmp_path_factory.mktemp("model")
     return load_decoder(make_tiny(folder / "tiny"), threads=1, cache_dir=folder / "cache")
 

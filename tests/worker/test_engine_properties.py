@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.worker.flowserve.config import ModelConfig
 from shared.messages import Cancel, Request
-from tests.worker.arithmetic import CYCLE, ArithmeticDecoder
+from tests.worker.arithmetic import CYCLE, ArithmeticDecoder, ArithmeticPipeline
 from tests.worker.bench import PROMPT, Bench, request
 
 KINDS: list[dict[str, Any]] = [
@@ -58,8 +58,9 @@ arrivals = st.builds(
 
 
 @pytest.fixture(scope="module")
-def truths() -> dict[Arrival, Bench]:
-    """What each request brings alone, one step after the other, nothing guessed; filled as it is asked for."""
+def truths() -> dict[tuple[Arrival, int], Bench]:
+    """What each request brings alone, one step after the other, nothing guessed; filled as it is asked for, by the
+    request and the number of layers."""
     return {}
 
 
@@ -72,6 +73,9 @@ def truths() -> dict[Arrival, Bench]:
     asynchronous=st.booleans(),
     speculation=st.sampled_from([0, 1, 4, 7]),
     faults=st.sets(st.integers(1, 60), max_size=2),
+    num_stages=st.sampled_from([1, 1, 2, 4]),
+    eagerness=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+    spread_chunks=st.booleans(),
 )
 def test_no_load_changes_a_token_or_loses_a_block(
     load: list[Arrival],
@@ -81,18 +85,34 @@ def test_no_load_changes_a_token_or_loses_a_block(
     asynchronous: bool,
     speculation: int,
     faults: set[int],
+    num_stages: int,
+    eagerness: float,
+    spread_chunks: bool,
     tiny_config: ModelConfig,
-    truths: dict[Arrival, Bench],
+    truths: dict[tuple[Arrival, int], Bench],
 ) -> None:
-    """In pools far too small, a step ahead or not, guessing or not, with cancels and faults: every choice ends once,
-    with the tokens (and logprobs) it has alone or the first of them, and the ledger balances after each step."""
+    """In pools far too small, a step ahead or not, guessing or not, in a pipeline or not, with cancels and faults:
+    every choice ends once, with the tokens (and logprobs) it has alone or the first of them, and the ledger balances
+    after each step."""
+    decoder = (
+        ArithmeticDecoder(tiny_config, habit=6, faults=tuple(faults))
+        if num_stages == 1
+        else ArithmeticPipeline(
+            tiny_config,
+            habit=6,
+            faults=tuple(faults),
+            num_stages=num_stages,
+            eagerness=eagerness,
+        )
+    )
     bench = Bench(
-        ArithmeticDecoder(tiny_config, habit=6, faults=tuple(faults)),
+        decoder,
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_num_seqs + spare_tokens,
         asynchronous=asynchronous,
         speculation=speculation,
+        spread_chunks=spread_chunks,
     )
     num_steps, num_errors = 0, 0
     while num_steps <= 50 or bench.engine.has_work():
@@ -111,7 +131,7 @@ def test_no_load_changes_a_token_or_loses_a_block(
     bench.run()
     assert num_errors <= len(faults)
     for number, one in enumerate(load):
-        alone = _alone(one, tiny_config, truths)
+        alone = _alone(one, num_stages, tiny_config, truths)
         for choice in range(one.n):
             key = str(number), choice
             whole, got, end = alone.ids["r", choice], bench.ids[key], bench.ends[key]
@@ -127,10 +147,16 @@ def test_no_load_changes_a_token_or_loses_a_block(
                 assert end.finish == "cancelled" or num_errors
 
 
-def _alone(one: Arrival, config: ModelConfig, truths: dict[Arrival, Bench]) -> Bench:
-    key = replace(one, step=0, cancel_after=None, keep=None)
+def _alone(
+    one: Arrival,
+    num_layers: int,
+    config: ModelConfig,
+    truths: dict[tuple[Arrival, int], Bench],
+) -> Bench:
+    key = replace(one, step=0, cancel_after=None, keep=None), num_layers
     if key not in truths:
-        truths[key] = Bench(ArithmeticDecoder(config, habit=6), max_num_seqs=1)
+        decoder = ArithmeticDecoder(config, habit=6, num_layers=num_layers)
+        truths[key] = Bench(decoder, max_num_seqs=1)
         truths[key].submit(one.request("r"))
         truths[key].run()
     return truths[key]

@@ -37,7 +37,8 @@ def truth(prompt: list[int], max_tokens: int, eos: int | None = None) -> list[in
 
 
 class Bench:
-    """A scheduler, and a cache whose cells hold the prefix they were computed from; `depth` plans are on their way."""
+    """A scheduler, and a cache whose cells hold the prefix they were computed from; `depth` plans are on their way, in
+    a pipeline of several stages as many as those."""
 
     def __init__(
         self,
@@ -46,8 +47,10 @@ class Bench:
         max_batched_tokens: int = 16,
         eos: int | None = None,
         depth: int = 1,
+        num_stages: int = 1,
+        spread_chunks: bool = True,
     ) -> None:
-        self.depth = depth
+        self.depth = num_stages if num_stages > 1 else depth
         self.on_their_way: deque[tuple[StepPlan, list[list[int]]]] = deque()  # with the tables
         self.eos_ids = frozenset() if eos is None else frozenset([eos])
         self.pool = BlockPool(num_blocks)
@@ -56,6 +59,8 @@ class Bench:
             page=PAGE,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
+            num_stages=num_stages,
+            spread_chunks=spread_chunks,
         )
         self.context = num_blocks * PAGE
         self.cells: dict[tuple[int, int], bytes] = {}
@@ -126,7 +131,12 @@ class Bench:
         scheduler = self.scheduler
         num_preemptions, is_ahead = scheduler.num_preemptions, bool(self.on_their_way)
         waiting = scheduler.waiting.copy()
-        plan = scheduler.schedule(ahead=is_ahead)
+        inside = {chunk.sequence for plan, _ in self.on_their_way for chunk in plan.chunks}
+        sampled = {sequence for plan, _ in self.on_their_way for sequence in plan.sampled}
+        plan = scheduler.schedule(ahead=len(self.on_their_way))
+        if scheduler.num_stages > 1:
+            waits = sampled if scheduler.spread_chunks else inside
+            assert all(chunk.sequence not in waits for chunk in plan.chunks)
         assert sum(chunk.length for chunk in plan.chunks) <= scheduler.max_batched_tokens
         assert len(plan.chunks) <= scheduler.max_num_seqs
         assert not is_ahead or scheduler.num_preemptions == num_preemptions
@@ -325,6 +335,112 @@ def test_limits_that_could_starve_are_refused() -> None:
         Scheduler(BlockPool(4), page=PAGE, max_num_seqs=8, max_batched_tokens=7)
 
 
+# ----------------------------------------------------------------------------------------------------------- pipelines
+
+
+def test_chunks_of_a_prompt_go_into_consecutive_micro_batches() -> None:
+    """A long prompt fills a pipeline at once, a chunk in each micro-batch, beside the decodes that are there."""
+    bench = Bench(max_batched_tokens=8, max_num_seqs=4, num_stages=4)
+    sequence = bench.add(distinct(27), max_tokens=3).sequences[0]
+    for _ in range(4):
+        assert bench.plan()
+    chunks = [plan.chunks for plan, _ in bench.on_their_way]
+    assert [(c.start, c.length, c.samples) for (c,) in chunks] == [
+        (0, 8, False),
+        (8, 8, False),
+        (16, 8, False),
+        (24, 3, True),
+    ]
+    bench.run()
+    assert output(sequence) == truth(distinct(27), 3)
+
+
+def test_a_prompt_kept_in_one_micro_batch_waits_for_its_chunk() -> None:
+    """Without spreading, its next chunk is planned once the former one is out; other prompts go in between."""
+    bench = Bench(max_batched_tokens=8, max_num_seqs=4, num_stages=2, spread_chunks=False)
+    first, second = (bench.add(distinct(20, start), max_tokens=1).sequences[0] for start in (1, 2))
+    seen = []
+    while first.status is not Status.ENDED or second.status is not Status.ENDED:
+        seen.append([(chunk.sequence, chunk.start) for chunk in bench.step().chunks])
+    assert seen[:4] == [[(first, 0)], [(second, 0)], [(first, 8)], [(second, 8)]]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("num_decodes", [2, 3, 8, 13])
+def test_decodes_even_out_over_the_micro_batches(num_stages: int, num_decodes: int) -> None:
+    """Prompts that all end in one micro-batch decode in all of them, each once in a round; so it stays as some end."""
+    bench = Bench(max_num_seqs=16, max_batched_tokens=64, num_stages=num_stages)
+    sequences = [
+        bench.add(distinct(3, number), max_tokens=40 if number % 3 else 14).sequences[0]
+        for number in range(num_decodes)
+    ]
+
+    def check_round() -> None:
+        live = [sequence for sequence in sequences if sequence.status is not Status.ENDED]
+        plans = [bench.step() for _ in range(min(num_stages, len(live)))]
+        sizes = sorted(len(plan.chunks) for plan in plans)
+        assert sizes[-1] - sizes[0] <= 1
+        assert {c.sequence for plan in plans for c in plan.chunks} == set(live)
+        assert sum(sizes) == len(live)
+
+    for _ in range(2 * num_stages):
+        bench.step()
+    check_round()
+    while any(sequence.status is not Status.ENDED for sequence in sequences[::3]):
+        bench.step()
+    for _ in range(2 * num_stages):
+        bench.step()
+    check_round()
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_sequences_that_end_together_do_not_thin_out_the_last_micro_batches(
+    num_stages: int,
+) -> None:
+    """Equal requests decode in equal micro-batches to their last token, none left out of more than one round."""
+    bench = Bench(num_blocks=256, max_num_seqs=32, max_batched_tokens=256, num_stages=num_stages)
+    sequences = [bench.add(distinct(3, n), max_tokens=9).sequences[0] for n in range(32)]
+    sizes = []
+    while any(sequence.status is not Status.ENDED for sequence in sequences):
+        sizes.append(len(bench.step().chunks))
+    assert [size for size in sizes[-num_stages:] if size] == [32 // num_stages] * num_stages
+
+
+def test_a_pipeline_out_of_blocks_empties_before_somebody_gives_way() -> None:
+    """Over all micro-batches the youngest gives way, once nothing of anybody is inside, and gets its tokens later; who
+    keeps running moves on in every round or two."""
+    bench = Bench(num_blocks=20, num_stages=4)
+    groups = [bench.add([9, start, 2, 2], max_tokens=24) for start in range(1, 9)]
+    oldest = groups[0].sequences[0]
+    last_moved = dict.fromkeys((group.sequences[0] for group in groups), 0)
+    for number in range(300):
+        running = set(bench.scheduler.running)
+        moved = {chunk.sequence for chunk in bench.step().chunks}
+        last_moved |= {s: number for s in last_moved if s in moved or s not in running}
+        assert number - min(last_moved.values()) <= 2 * 4, "running, but left behind"
+        assert oldest.status is not Status.WAITING
+    assert not bench.scheduler.running
+    assert bench.scheduler.num_preemptions > 0
+    for group in groups:
+        assert output(group.sequences[0]) == truth(group.request.prompt, 24)
+
+
+def test_a_step_that_did_not_get_in_is_planned_again() -> None:
+    """The newest plan is taken back, while chunks of the same prompt are inside before it."""
+    bench = Bench(max_batched_tokens=8, max_num_seqs=4, num_stages=4)
+    sequence = bench.add(distinct(20), max_tokens=3).sequences[0]
+    assert bench.plan()
+    assert bench.plan()
+    assert bench.plan()
+    plan, _ = bench.on_their_way.pop()
+    bench.scheduler.undo(plan)
+    again = bench.scheduler.schedule(ahead=2)
+    assert again == plan
+    bench.scheduler.undo(again)
+    bench.run()
+    assert output(sequence) == truth(distinct(20), 3)
+
+
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 12),  # steps before it comes
@@ -338,13 +454,15 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     load=arrivals,
     num_blocks=st.integers(8, 16),
     max_num_seqs=st.integers(1, 5),
     spare_tokens=st.integers(0, 12),
     depth=st.integers(1, 2),
+    num_stages=st.sampled_from([1, 2, 4]),
+    spread_chunks=st.booleans(),
 )
 def test_every_choice_ends_once_with_the_tokens_of_an_unscheduled_decoder(
     load: list[tuple[int, int, int, int, int, tuple[int, int] | None]],
@@ -352,9 +470,14 @@ def test_every_choice_ends_once_with_the_tokens_of_an_unscheduled_decoder(
     max_num_seqs: int,
     spare_tokens: int,
     depth: int,
+    num_stages: int,
+    spread_chunks: bool,
 ) -> None:
     """Whatever arrives and is cancelled, in pools far too small: no deadlock, no loss, no foreign page, no leak."""
-    bench = Bench(num_blocks, max_num_seqs, max_num_seqs + spare_tokens, EOS, depth)
+    max_batched_tokens = max_num_seqs + spare_tokens
+    bench = Bench(
+        num_blocks, max_num_seqs, max_batched_tokens, EOS, depth, num_stages, spread_chunks
+    )
     cancels: dict[int, list[tuple[SequenceGroup, int]]] = {}
     by_step: dict[int, list[tuple[int, int, int, int, tuple[int, int] | None]]] = {}
     for step, *rest in load:

@@ -338,7 +338,7 @@ def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
     env = {"DEEPFLOW_MODELS": "a, b,a", "DEEPFLOW_THREADS": "3", "DEEPFLOW_METRICS_PORT": "9000"}
     pod = WorkerSettings.load(env)
     assert pod.models == ("a", "b")
-    given_env = for_te(env, pod, model="b", pod="pod-1")
+    given_env = for_te(env, pod, model="b", pod="pod-1", devices={"CUDA_VISIBLE_DEVICES": "1"})
     assert given_env["OMP_NUM_THREADS"] == "3"
     assert given_env["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     te = TeSettings.load(given_env)
@@ -352,6 +352,8 @@ def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
         ("DEEPFLOW_WORKERS", "0"),
         ("DEEPFLOW_DTYPE", "int4"),
         ("DEEPFLOW_DEVICE", "tpu"),
+        ("DEEPFLOW_TP", "0"),
+        ("DEEPFLOW_PP", "two"),
         ("DEEPFLOW_MAX_BATCHED_TOKENS", "8"),
         ("DEEPFLOW_KV_BYTES", "1G"),
     ],

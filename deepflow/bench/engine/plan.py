@@ -45,6 +45,8 @@ class Device(StrEnum):
 
     AUTO = "auto"
     CPU = "cpu"
+    CUDA = "cuda"
+    NPU = "npu"
 
 
 class Compare(StrEnum):

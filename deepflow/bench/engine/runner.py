@@ -27,7 +27,7 @@ class RunnerSettings:
     """How an engine is built. `kv_tokens` 0 is the platform's default; `speculation` drafts per step, 0 is off."""
 
     dtype: str
-    device: str  # auto or cpu
+    device: str  # auto, cpu, cuda or npu
     threads: int
     kernels: str  # auto, native or torch
     asynchronous: bool
@@ -121,6 +121,7 @@ def main() -> None:
             Path(first["folder"]),
             cache_dir=Path(first["cache_dir"]),
             dtype=settings.dtype,
+            device=settings.device,
             threads=settings.threads,
             kernels=settings.kernels,
             kv_tokens=settings.kv_tokens or None,

@@ -1,14 +1,14 @@
 """What the engine asks of a model, whatever runs it: the rows of a step in, logits out.
 
-Plain data and one protocol, so that scheduler, engine and their tests need no tensor library. This module must not
-know how a decoder computes, nor requests, sampling, or who owns which block.
+Plain data and a protocol, with one more for what runs in stages, so that scheduler, engine and their tests need no
+tensor library. This module must not know how a decoder computes, nor requests, sampling, or who owns which block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -66,3 +66,31 @@ class Decoder(Protocol):
         """Compute the rows of `step`, store their keys and values, and return logits [len(step.sample_rows), vocab],
         which stay valid until the next call. In `w8a8` a row's logits depend on its own sequence only, bit for bit."""
         ...
+
+
+@runtime_checkable
+class Pipeline(Decoder, Protocol):
+    """A decoder whose layers are shared out to stages, each of which computes the steps in the order they came in.
+
+    Up to `num_stages` steps are inside at a time. With one stage it is used as any other decoder; with more, only
+    through `begin` and `finish`, on one thread. No step inside needs a token that another one inside is to sample.
+    """
+
+    @property
+    def num_stages(self) -> int: ...
+
+    def begin(self, step: StepInput) -> None:
+        """Let a step in, without waiting for its logits. If it raises, the step is not inside."""
+        ...
+
+    def finish(self) -> Floats:
+        """Wait for the oldest step inside; its logits as of `forward`, valid until the next call of `finish`.
+
+        If it raises, the step is out; only after an interrupt (a KeyboardInterrupt) is it still inside.
+        """
+        ...
+
+
+def as_pipeline(decoder: Decoder) -> Pipeline | None:
+    """The decoder, if several steps may be inside it at a time."""
+    return decoder if isinstance(decoder, Pipeline) and decoder.num_stages > 1 else None

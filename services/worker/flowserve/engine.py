@@ -24,9 +24,10 @@ from services.worker.flowserve.life import Requests
 from services.worker.flowserve.outcome import ClientDelta, EngineLoad, StepOutput
 from services.worker.flowserve.pace import Pace
 from services.worker.flowserve.sampler import Row
-from services.worker.flowserve.scheduler import Scheduler
+from services.worker.flowserve.scheduler import Scheduler, StepPlan
 from services.worker.flowserve.sequence import Sequence, Status
-from services.worker.flowserve.stream import Launch, Stream
+from services.worker.flowserve.spmd.crew import Loss
+from services.worker.flowserve.stream import Launch, open_stream
 from shared import catalog, errors
 from shared.messages import Cancel, Delta, Failure, Replay, Request
 
@@ -51,7 +52,8 @@ class EngineSettings:
     """Limits. A step computes at most `max_batched_tokens` rows; `max_num_seqs` choices run.
 
     `asynchronous`: plan a step while the one before it runs. `speculation`: guesses a step may check for one choice,
-    0 for none; they are made in steps of up to `speculation_rows` rows.
+    0 for none; they are made in steps of up to `speculation_rows` rows. A pipeline is asynchronous in any case, and
+    does not guess; `spread_chunks` is about pipelines only, see `Scheduler`.
     How many may wait is not bounded here: who submits keeps the books (`admission.py`), and knows before it asks.
     """
 
@@ -62,6 +64,7 @@ class EngineSettings:
     asynchronous: bool = False
     speculation: int = 0
     speculation_rows: int = 16
+    spread_chunks: bool = True
     keep_finished_s: float = 10.0
 
 
@@ -88,6 +91,8 @@ class Engine:
         self._eos_ids = frozenset(eos_ids)
         self._clock = clock
         self._pool = BlockPool(settings.num_blocks)
+        pipeline = as_pipeline(decoder)
+        self._num_stages = 1 if pipeline is None else pipeline.num_stages
         self._scheduler = Scheduler(
             self._pool,
             page=settings.page,
@@ -95,6 +100,8 @@ class Engine:
             max_batched_tokens=settings.max_batched_tokens,
             max_draft=settings.speculation,
             max_draft_rows=settings.speculation_rows,
+            num_stages=self._num_stages,
+            spread_chunks=settings.spread_chunks,
         )
         self._requests = Requests(
             self._scheduler,
@@ -109,9 +116,8 @@ class Engine:
         # Predicted, of the step under way; kept past its end, for until that is noticed the step counts as under way.
         self._step_s = 0.0
         decoder.allocate(settings.num_blocks, settings.page)
-        self._stream = Stream(decoder, asynchronous=settings.asynchronous)
+        self._stream = open_stream(decoder, asynchronous=settings.asynchronous)
         self._launches: deque[Launch] = deque()  # on their way, oldest first
-        self._max_launches = 2 if settings.asynchronous else 1
 
     @classmethod
     def from_folder(
@@ -131,8 +137,10 @@ class Engine:
         kernels: str | None = None,
         asynchronous: bool = False,
         speculation: int = 0,
+        on_loss: Callable[[Loss], None] | None = None,
     ) -> Engine:
-        """An engine over the model in a folder, with room for `kv_tokens` tokens or, without, in `kv_bytes` bytes.
+        """An engine over the model in a folder, with room for `kv_tokens` tokens or, without, in `kv_bytes` bytes of
+        each executor. `on_loss` is called from a thread of its own when one of several executors is lost.
 
         Raises ModelError for what is wrong with the model, InvalidRequest if the room is less than one block.
         """
@@ -147,6 +155,7 @@ class Engine:
             kernels=kernels,
             tp=tp,
             pp=pp,
+            on_loss=on_loss,
         )
         page = PAGES[pick(device).name]
         num_blocks = kv_bytes // decoder.bytes_per_block(page)
@@ -166,6 +175,8 @@ class Engine:
 
     def close(self) -> None:
         """Let the steps on their way run to their end. Nothing may be called afterwards."""
+        while self._launches:
+            self._stream.collect(self._launches.popleft())
         self._stream.close()
 
     # --------------------------------------------------------------------------------------------------- requests
@@ -215,16 +226,16 @@ class Engine:
         Never raises for a fault in it: that ends the step's sequences and is reported.
         """
         self._requests.pass_time(self._clock())
-        while len(self._launches) < self._max_launches and self._launch():
+        while len(self._launches) < self._stream.depth and self._launch():
             pass
         if not self._launches:
             return self._report(0, None)
-        plan = self._launches[0].plan
-        self._step_s = self._pace.step_s(plan.num_decodes, plan.num_prefill_tokens)
+        launch = self._launches[0]
+        self._predict()
         try:
-            launch = self._stream.collect()
+            self._stream.collect(launch)
         except BaseException:  # an interrupt, which a user of the library may survive
-            self._interrupted()
+            self._interrupted(launch)
             raise
         self._launches.popleft()
         self.counters["steps"] += 1
@@ -232,16 +243,30 @@ class Engine:
             self._fail(launch)
             return self._report(0, launch.error)
         self._apply(launch)
-        return self._report(plan.num_rows, None)
+        return self._report(launch.plan.num_rows, None)
 
     def _launch(self) -> bool:
         """Plan the next step and send it on its way; False if there is none, or none yet."""
-        before = self._launches[-1] if self._launches else None
+        before = self._launches[-1] if self._launches and self._stream.fills_in else None
         if before is not None and before.drafts is not None:
             return False  # it is not known how many tokens it will bring
-        plan = self._scheduler.schedule(ahead=before is not None)
+        plan = self._scheduler.schedule(ahead=len(self._launches))
         if not plan.chunks:
             return False
+        launch = None
+        try:
+            launch = self._compose(plan, before)
+            self._launches.append(launch)
+            self._predict()
+            self._stream.launch(launch)
+        except BaseException:  # an interrupt
+            if launch is None or not launch.is_sent:
+                self._withdraw(plan)
+            raise
+        return True
+
+    def _compose(self, plan: StepPlan, before: Launch | None) -> Launch:
+        """The step as its decoder and the sampler want it."""
         tokens: list[int] = []
         spans: list[Span] = []
         sample_rows: list[int] = []
@@ -260,7 +285,7 @@ class Engine:
                 sequence.slot = len(rows)
                 rows.append(sequence.row or self._make_row(sequence))
                 sample_rows += range(len(tokens) - 1 - len(draft), len(tokens))
-        launch = Launch(
+        return Launch(
             plan=plan,
             input=StepInput(tokens, spans, sample_rows),
             rows=rows,
@@ -270,9 +295,14 @@ class Engine:
             unknown=unknown,
             before=before,
         )
-        self._launches.append(launch)
-        self._stream.launch(launch)
-        return True
+
+    def _predict(self) -> None:
+        """How long the engine may now be silent: until the oldest step is done, in a pipeline until all inside are."""
+        inside = list(self._launches) if self._num_stages > 1 else [self._launches[0]]
+        self._step_s = sum(
+            self._pace.step_s(launch.plan.num_decodes, launch.plan.num_prefill_tokens)
+            for launch in inside
+        )
 
     def _make_row(self, sequence: Sequence) -> Row:
         """The sampler's view of a choice; made before its first token here is sampled, and kept up by the sampler."""
@@ -306,22 +336,34 @@ class Engine:
         )
 
     def _fail(self, launch: Launch) -> None:
-        """End the sequences of a step that raised. What was launched behind it has not run, and is planned again."""
+        """End the sequences of a step that raised. What was launched behind it and builds on its tokens has not run,
+        and is planned again. In a pipeline the others inside have nothing of it but further chunks of its prompts."""
         failure = Failure(code=errors.Internal.code, message="the engine failed in this step")
         for chunk in launch.plan.chunks:
             if chunk.sequence.status is not Status.ENDED:
                 self._requests.fail(chunk.sequence, failure, self._clock())
-        while self._launches:
-            self._scheduler.undo(self._stream.collect().plan)
-            self._launches.popleft()
+        while self._launches and self._stream.fills_in:
+            self._stream.collect(self._launches[0])
+            self._scheduler.undo(self._launches.popleft().plan)
 
-    def _interrupted(self) -> None:
-        """As if the step had not been planned. One that runs on its own thread goes on and is collected later."""
-        if not self.settings.asynchronous:
-            plan = self._launches.popleft().plan
-            self._scheduler.undo(plan)
-            for sequence in plan.sampled:
-                sequence.row = None  # it may have taken note of a token that is sampled again
+    def _interrupted(self, launch: Launch) -> None:
+        """While it was collected. What only that runs is as if never planned, what is on a thread goes on. What is inside
+        a pipeline is collected later, with fresh rows: these may have taken note of tokens."""
+        if not launch.is_sent:
+            self._withdraw(launch.plan)
+        elif not self._stream.fills_in:
+            launch.rows = [
+                self._make_row(sequence) if sequence.row is row else row
+                for sequence, row in zip(launch.plan.sampled, launch.rows, strict=True)
+            ]
+
+    def _withdraw(self, plan: StepPlan) -> None:
+        """Take back the youngest plan, which nobody is going to compute."""
+        if self._launches and self._launches[-1].plan is plan:
+            self._launches.pop()
+        self._scheduler.undo(plan)
+        for sequence in plan.sampled:
+            sequence.row = None  # it may have taken note of a token that is sampled again
 
     def _report(self, num_computed: int, error: Exception | None) -> StepOutput:
         requests, scheduler = self._requests, self._scheduler
@@ -350,7 +392,7 @@ class Engine:
         running, waiting = scheduler.running.copy(), scheduler.waiting.copy()
         held = [sequence for group in list(scheduler.held.values()) for sequence in group]
         num_seqs = len(running) + len(waiting) + len(held)
-        batch = min(num_seqs, self.settings.max_num_seqs)
+        batch = -(-min(num_seqs, self.settings.max_num_seqs) // self._num_stages)  # decode together
         # Held choices will find their prompt in the cache: only their decoding counts.
         num_known = sum(sequence.num_remaining for sequence in running + waiting)
         num_to_come = sum(

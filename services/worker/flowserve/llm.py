@@ -65,7 +65,7 @@ class FlowServe:
 
     The KV cache holds `kv_tokens` tokens, or as many as fit `kv_bytes`. `device`, `dtype`, and what is left out of
     `threads`, `cache_dir` and `kernels`, are as in `load_decoder`, `asynchronous` and `speculation` as in
-    `EngineSettings`.
+    `EngineSettings`. `pp` stages of layers with `tp` devices each hold the model together, in a process each.
     Raises ModelNotFound for an unknown name; what is wrong with a folder otherwise.
     """
 
@@ -74,6 +74,8 @@ class FlowServe:
         model: str | Path,
         *,
         device: str = "auto",
+        tp: int = 1,
+        pp: int = 1,
         dtype: str = "w8a8",
         kv_tokens: int | None = None,
         kv_bytes: int = 1 << 30,
@@ -91,6 +93,8 @@ class FlowServe:
         self.engine = Engine.from_folder(
             folder,
             device=device,
+            tp=tp,
+            pp=pp,
             dtype=dtype,
             kv_tokens=kv_tokens,
             kv_bytes=kv_bytes,

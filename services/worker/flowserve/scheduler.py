@@ -7,12 +7,18 @@ value, `update` applies what the device made of it. Between the two lie the step
 while the one before it runs, on the number of tokens that one will bring, whatever they are. This module must not know
 the device, the bus or the clock.
 
+In a pipeline of stages as many steps are on their way, its micro-batches, and one scheduler with one view of the memory
+plans them all (the paper, section 2.4). A sequence whose token is on its way is not planned, so each decode is in one
+micro-batch, and they are shared out evenly. A prompt needs no token: its next chunk follows in the next micro-batch,
+while the chunks before it are inside.
+
 Blocks are given back and handed out again at once, also while a step on its way still writes to them. That is safe:
-1. Steps run one after the other, in the order in which they were planned.
+1. Steps run one after the other, in the order in which they were planned. In a pipeline that holds at each stage, and
+   a stage touches the cells of its own layers only.
 2. A row writes only to a block that its sequence alone holds and that is not indexed: matched blocks hold full pages
    before the first row computed, and a page is indexed only once the step that completed it was applied.
-3. A new owner's rows are planned later, so they run later, and every cell it reads is one that it wrote itself or that
-   belongs to a page matched in the index.
+3. A new owner's rows are planned later, so they run later, and every cell it reads is one that it wrote itself, in
+   this step or one planned before, or that belongs to a page matched in the index, which all stages have computed.
 So a late row (of a sequence that was cancelled or found to have ended) writes to cells that nobody reads before the new
 owner has written them. A preemption keeps what was computed, so it waits until no step is on its way.
 """
@@ -85,6 +91,11 @@ class Scheduler:
     submitted who would not fit the pool alone, so the oldest running sequence always gets its block. Whoever waits is
     admitted strictly by age, so nothing overtakes a long prompt for ever. Requires max_batched_tokens >= max_num_seqs:
     every decoding sequence moves on in every step, and a prefill among them gets at least one row.
+
+    In a pipeline a decode that is not inside goes into one of the next `num_stages` micro-batches: the older ones, each
+    in one of them at most, do not fill the shares of all. `max_num_seqs` is over all micro-batches,
+    `max_batched_tokens` of each. Without `spread_chunks` a prompt stays in one micro-batch: a chunk waits until the one
+    before it has left the pipeline. That is slower, and there to be compared with.
     """
 
     def __init__(
@@ -96,6 +107,8 @@ class Scheduler:
         max_batched_tokens: int,
         max_draft: int = 0,
         max_draft_rows: int = 0,
+        num_stages: int = 1,
+        spread_chunks: bool = True,
     ) -> None:
         if not 0 < max_num_seqs <= max_batched_tokens:
             raise ValueError("needs 0 < max_num_seqs <= max_batched_tokens")
@@ -103,8 +116,11 @@ class Scheduler:
         self.page = page
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
-        self.max_draft = max_draft  # guesses for one sequence; 0: no speculation
+        # Guesses for one sequence; 0: no speculation. How many are right, the steps behind would have to wait for.
+        self.max_draft = max_draft if num_stages == 1 else 0
         self.max_draft_rows = max_draft_rows  # rows of a step that has guesses among them
+        self.num_stages = num_stages
+        self.spread_chunks = spread_chunks
         self.running: list[Sequence] = []  # oldest first
         self.waiting: list[Sequence] = []  # oldest first
         self.held: dict[SequenceGroup, list[Sequence]] = {}
@@ -122,27 +138,32 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------------------- decide
 
-    def schedule(self, *, ahead: bool = False) -> StepPlan:
-        """The next step: all decodes, then running prefills, then admissions, each oldest first.
+    def schedule(self, *, ahead: int = 0) -> StepPlan:
+        """The next step: decodes (all, or a micro-batch's share), running prefills, admissions, each oldest first.
 
-        `ahead`: a step is on its way. Then the plan is empty where going on would take a preemption or guesses, both
-        of which want its result first.
+        `ahead`: the number of steps on their way. If there are any, the plan is empty where going on would take a
+        preemption or guesses, both of which want their results first.
         """
-        if ahead and (self._num_blocks_due() > self.pool.num_available or self._may_guess()):
-            return StepPlan([])
-        chunks: list[Chunk] = []
-        budget = self.max_batched_tokens
-        num_preemptions = self.num_preemptions
+        num_going = num_decodes = 0
+        decodes: list[Sequence] = []
         prefills: list[Sequence] = []
-        for sequence in self.running.copy():
-            if sequence.is_complete:
+        for sequence in self.running:
+            is_decode = sequence.num_remaining == 1
+            num_decodes += is_decode
+            if sequence.is_complete:  # its last token is on its way
                 continue
-            if sequence.num_remaining > 1:
-                prefills.append(sequence)
-            elif self._reserve(sequence):
-                chunks.append(_chunk(sequence, 1))
-                budget -= 1
-        num_going = len(chunks) + len(prefills)
+            num_going += 1
+            if self.num_stages == 1 or not self._is_inside(sequence):
+                (decodes if is_decode else prefills).append(sequence)
+        if ahead and (self._num_blocks_due(decodes) > self.pool.num_available or self._may_guess()):
+            return StepPlan([])
+        num_preemptions = self.num_preemptions
+        # All of them, so that the micro-batches behind this one have their blocks too.
+        decodes = [sequence for sequence in decodes if self._reserve(sequence)]
+        if self.num_stages > 1:
+            del decodes[self._share(len(decodes), num_decodes, ahead) :]
+        chunks = [_chunk(sequence, 1) for sequence in decodes]
+        budget = self.max_batched_tokens - len(chunks)
         for sequence in prefills:
             if budget and sequence.status is Status.RUNNING:
                 chunks.append(_chunk(sequence, budget))
@@ -160,13 +181,25 @@ class Scheduler:
             self._add_drafts(chunks, budget)
         return StepPlan(chunks)
 
-    def _num_blocks_due(self) -> int:
-        """Blocks that the next rows of all decoding sequences take."""
+    def _is_inside(self, sequence: Sequence) -> bool:
+        """Whether it has to leave the pipeline before more of it is planned."""
+        if self.spread_chunks:
+            return sequence.num_coming > 0
+        return sequence.num_planned > sequence.num_computed
+
+    def _share(self, num_free: int, num_decodes: int, ahead: int) -> int:
+        """How many of the `num_free` decodes that are not inside go into the next micro-batch, out of all of them.
+
+        As many as let those that can be planned now get alike, and no more than if all had alike: when many prompts
+        ended in one micro-batch, or one has lost its sequences, they even out within a round or two.
+        """
+        num_open = self.num_stages - ahead
+        return min(-(-num_free // num_open), -(-num_decodes // self.num_stages))
+
+    def _num_blocks_due(self, decodes: list[Sequence]) -> int:
+        """Blocks that the next rows of these take."""
         page = self.page
-        return sum(
-            s.num_remaining == 1 and len(s.table) * page < s.num_expected and not s.is_complete
-            for s in self.running
-        )
+        return sum(len(sequence.table) * page < sequence.num_expected for sequence in decodes)
 
     def _may_guess(self) -> bool:
         """Whether some sequence is likely to have guesses for the step after the one on its way."""
@@ -196,7 +229,7 @@ class Scheduler:
     def _reserve(self, sequence: Sequence) -> bool:
         """A block for the token about to be computed; False if the sequence had to give way itself.
 
-        Decodes are visited oldest first, so a victim, being the youngest, is never in the plan yet.
+        Decodes are visited oldest first, so a victim, being the youngest, has none reserved in this round yet.
         """
         while sequence.status is Status.RUNNING:
             if len(sequence.table) * self.page >= sequence.num_expected:
@@ -274,11 +307,11 @@ class Scheduler:
         return counts
 
     def undo(self, plan: StepPlan) -> None:
-        """Take back the only plan on its way, which was not computed: its live sequences are as if never planned."""
-        for chunk in plan.chunks:
-            if chunk.sequence.status is Status.RUNNING:
-                chunk.sequence.num_planned = chunk.sequence.num_computed
-                chunk.sequence.num_coming = 0
+        """Take back the newest plan on its way, which was not computed: its sequences are as if never planned."""
+        for sequence, _, length, samples, draft in plan.chunks:
+            if sequence.status is Status.RUNNING:
+                sequence.num_planned -= length - len(draft)
+                sequence.num_coming -= samples
 
     def _prompt_computed(self, sequence: Sequence, start: int) -> None:
         """Index what was computed of a prompt from `start` on; once that is all of it, the other choices may go."""
