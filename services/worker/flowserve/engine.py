@@ -347,8 +347,8 @@ class Engine:
             self._scheduler.undo(self._launches.popleft().plan)
 
     def _interrupted(self, launch: Launch) -> None:
-        """While it was collected. What only that runs is as if never planned, what is on a thread goes on. What is inside
-        a pipeline is collected later, with fresh rows: these may have taken note of tokens."""
+        """While it was collected. What only that runs is as if never planned; what is on a thread goes on; what is in a
+        pipeline is collected later, with fresh rows."""
         if not launch.is_sent:
             self._withdraw(launch.plan)
         elif not self._stream.fills_in:
