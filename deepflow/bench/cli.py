@@ -157,6 +157,8 @@ def engine(
     output_len: Annotated[int, typer.Option(min=1, help="Tokens.")] = 64,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.W8A8,
     device: Annotated[Device, typer.Option()] = Device.AUTO,
+    tp: Annotated[int, typer.Option(min=1, help="Executors that share each layer.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages of layers.")] = 1,
     threads: Threads = 0,
     kernels: Annotated[Kernels, typer.Option(help="native: without torch.")] = Kernels.AUTO,
     asynchronous: Annotated[
@@ -200,7 +202,9 @@ def engine(
     settings = RunnerSettings(
         dtype=dtype,
         device=device,
-        threads=threads or num_cores(),
+        tp=tp,
+        pp=pp,
+        threads=threads or max(1, num_cores() // (tp * pp)),
         kernels=kernels,
         asynchronous=asynchronous,
         speculation=speculation,

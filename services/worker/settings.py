@@ -55,6 +55,7 @@ class WorkerSettings(Settings):
         max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
         dtype = reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES)
         kernels = read_kernels(reader)
+        read_graphs(reader)  # a bad value is told before a TE is started
         tp = reader.integer("DEEPFLOW_TP", 1, 1, 64)
         pp = reader.integer("DEEPFLOW_PP", 1, 1, 64)
         native = dtype == "w8a8" and kernels != "torch" and tp * pp == 1
@@ -126,6 +127,12 @@ def for_te(
 def read_kernels(reader: Reader) -> str:
     """The decoder's kernels, one of KERNELS. Raises ConfigError."""
     return reader.choice("DEEPFLOW_KERNELS", "auto", KERNELS)
+
+
+def read_graphs(reader: Reader) -> bool:
+    """Whether decode steps are recorded where the device can. Ranks that share a model read it alike, as their
+    environment is one. Raises ConfigError."""
+    return reader.flag("DEEPFLOW_GRAPHS", True)
 
 
 def default_threads(num_cores: int, num_tes: int, *, native: bool) -> int:

@@ -86,6 +86,16 @@ def test_rows_keep_their_bits(sizes: str) -> None:
         assert torch.equal(whole[start:], part)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_what_a_block_held_before_stays_unseen(sizes: str) -> None:
+    """Not even what is no number leaks out of cells that a sequence has not written."""
+    paged = _Paged([start + length for start, length in STEP])
+    paged.kv.layers[0][: paged.kv.null_block] = torch.nan
+    for index, (start, length) in enumerate(STEP):
+        (found,) = paged.attend([(index, 0, start + length)], SIZES[sizes])
+        torch.testing.assert_close(found, paged.dense(index), rtol=0, atol=2e-6)
+
+
 def test_a_page_must_divide_the_tile() -> None:
     """A page size that the tile cannot be cut into is refused."""
     kv = KVCache(CONFIG, num_blocks=1, page=48)

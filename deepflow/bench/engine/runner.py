@@ -35,6 +35,8 @@ class RunnerSettings:
     max_num_seqs: int
     max_batched_tokens: int
     kv_tokens: int
+    tp: int = 1
+    pp: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,8 @@ def main() -> None:
             cache_dir=Path(first["cache_dir"]),
             dtype=settings.dtype,
             device=settings.device,
+            tp=settings.tp,
+            pp=settings.pp,
             threads=settings.threads,
             kernels=settings.kernels,
             kv_tokens=settings.kv_tokens or None,

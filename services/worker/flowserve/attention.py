@@ -52,6 +52,8 @@ class _Group:
 
     `query_index` [B * M] picks rows of the queries, seen as [rows * num_heads, head_dim]; `kv_index`
     [2 * T * B * blocks per tile] picks rows of the pages, seen as [blocks * 2 * num_kv_heads, page * head_dim].
+    `beyond` [T, B, KV_TILE, 1] are the cells that the sequence has not written: another may have left there what is no
+    number, which times zero is none either.
     `masks`, by window, are 0 or -inf, [T, I, 1, P, 1, KV_TILE]; `mask_shape` is the scores' [T, I, kv heads, P, M / P,
     KV_TILE] that they broadcast to.
     """
@@ -60,6 +62,7 @@ class _Group:
     num_matrices: int
     query_index: torch.Tensor
     kv_index: torch.Tensor
+    beyond: torch.Tensor
     masks: dict[int | None, torch.Tensor]
     mask_shape: tuple[int, ...]
 
@@ -105,7 +108,8 @@ class AttentionPlan:
     ) -> torch.Tensor:
         head_dim, num_matrices = self._config.head_dim, group.num_matrices
         gathered = pages.index_select(0, group.kv_index).float()
-        keys, values = gathered.view(2, group.num_tiles, num_matrices, KV_TILE, head_dim)
+        gathered = gathered.view(2, group.num_tiles, num_matrices, KV_TILE, head_dim)
+        keys, values = gathered.masked_fill_(group.beyond, 0.0)
         q = queries.index_select(0, group.query_index).view(num_matrices, -1, head_dim)  # [B, M, D]
         scores = q.new_empty(group.num_tiles, num_matrices, q.shape[1], KV_TILE)  # [T, B, M, 64]
         for tile, k in zip(scores, keys, strict=True):
@@ -195,6 +199,8 @@ class AttentionPlan:
         # What a position may see: itself and before, within the window.
         key_at = torch.arange(num_tiles * KV_TILE).view(num_tiles, 1, 1, KV_TILE)
         query_at = (positions.unsqueeze(1) + offsets).unsqueeze(-1)  # [I, P, 1]
+        ends = (positions + lengths).view(1, num_items, 1, 1)
+        beyond = (key_at >= ends).expand(-1, -1, num_kv_heads, -1)  # [T, I, kv heads, KV_TILE]
         masks = {}
         for window in set(config.windows):
             seen = key_at <= query_at
@@ -208,6 +214,7 @@ class AttentionPlan:
                 num_items * num_kv_heads,
                 query_index.flatten(),
                 kv_index.flatten(),
+                beyond.reshape(num_tiles, -1, KV_TILE, 1),
                 masks,
                 (num_tiles, num_items, num_kv_heads, num_positions, per_head, KV_TILE),
             )

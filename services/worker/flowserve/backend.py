@@ -18,7 +18,14 @@ from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.device import pick
 from services.worker.flowserve.prepared import RECIPE, open_prepared
 from services.worker.flowserve.rank import Rank
-from services.worker.settings import DTYPES, KERNELS, default_threads, num_cores, read_kernels
+from services.worker.settings import (
+    DTYPES,
+    KERNELS,
+    default_threads,
+    num_cores,
+    read_graphs,
+    read_kernels,
+)
 from shared import log
 from shared.config import Reader, Settings
 
@@ -83,7 +90,9 @@ class Backend:
 
     @property
     def arithmetic(self) -> str:
-        """What tokens and KV pages depend on besides weights and page: equal names compute equal bits."""
+        """What tokens and KV pages depend on besides weights and page: pages of equal names may stand for each other.
+        They are the same bits in the CPU's W8A8; on accelerators, and in floats, bits depend on batch and library too.
+        """
         if self.kernels == "native":
             return f"native {native_decoder.VERSION} {RECIPE}"
         computes = "torch" if self.device == "cpu" else f"torch {self.device}"
@@ -98,8 +107,7 @@ class Backend:
             return native_decoder.bytes_per_block(self.config, self.page)
         stages = (Rank(tp_size=self.tp, pp=pp, pp_size=self.pp) for pp in range(self.pp))
         most = max((rank.part(self.config) for rank in stages), key=lambda part: part.num_layers)
-        elements = most.num_layers * 2 * most.num_kv_heads * self.page * most.head_dim
-        return elements * (4 if self.dtype == "fp32" else 2)
+        return most.kv_bytes(self.page, 4 if self.dtype == "fp32" else 2)
 
     def load(
         self,
@@ -137,7 +145,13 @@ class Backend:
         torch.set_num_threads(threads)
         device = pick.open_device(self.device)
         if self.tp * self.pp == 1:
-            return TorchDecoder.load(folder, dtype=self.dtype, cache_dir=cache_dir, device=device)
+            return TorchDecoder.load(
+                folder,
+                dtype=self.dtype,
+                cache_dir=cache_dir,
+                device=device,
+                graphs=read_graphs(Reader(os.environ)),
+            )
         return SpmdDecoder.start(
             folder,
             dtype=self.dtype,

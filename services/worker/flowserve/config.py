@@ -88,6 +88,10 @@ class ModelConfig:
                 sizes.append(self.moe.shared_hidden)
         return sizes
 
+    def kv_bytes(self, num_tokens: int, itemsize: int) -> int:
+        """Of the keys and values of so many tokens over all layers, in a type of so many bytes."""
+        return num_tokens * 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
     @property
     def group(self) -> int:
         """Query heads that share one key/value head."""

@@ -1,7 +1,7 @@
 """The paged KV cache in torch: keys and values of all layers in blocks of `page` positions, addressed by block number.
 
 Who owns a block is the engine's ledger (`blocks.py`); this module must not know sequences. One block more than asked
-for is kept and stays zero: it pads block tables, so that reading past a short sequence reads nobody's data.
+for is kept and stays zero: it pads block tables.
 """
 
 from __future__ import annotations
@@ -38,5 +38,4 @@ class KVCache:
 
 def bytes_per_block(config: ModelConfig, page: int = 16, dtype: torch.dtype = torch.float32) -> int:
     """Memory of one block over all layers."""
-    elements = config.num_layers * 2 * config.num_kv_heads * page * config.head_dim
-    return elements * dtype.itemsize
+    return config.kv_bytes(page, dtype.itemsize)

@@ -45,8 +45,8 @@ class Rank:
         return self.pp == self.pp_size - 1
 
     def layers(self, num_layers: int) -> range:
-        """The layers of this stage; the first stages have one more where they do not go round."""
-        begin, end = (num_layers * stage // self.pp_size for stage in (self.pp, self.pp + 1))
+        """The layers of this stage; where they do not go round, the last one, which has the head too, has fewer."""
+        begin, end = (-(-num_layers * stage // self.pp_size) for stage in (self.pp, self.pp + 1))
         return range(begin, end)
 
     def heads(self, config: ModelConfig) -> range:
@@ -86,6 +86,8 @@ class Rank:
             raise ModelError(
                 f"{self.tp_size} ranks cannot share an MLP of {smallest} hidden values"
             )
+        if (self.tp_size - 1) * -(-config.vocab // self.tp_size) >= config.vocab:
+            raise ModelError(f"{self.tp_size} ranks cannot share {config.vocab} tokens")
         if config.num_layers < self.pp_size:
             raise ModelError(f"{self.pp_size} stages cannot share {config.num_layers} layers")
         layers = self.layers(config.num_layers)

@@ -141,27 +141,29 @@ class TorchDecoder:
         [len(step.sample_rows), vocab]; no rows, in a stage that is not the last."""
         if self._graphs is not None and (logits := self._graphs.logits(step)) is not None:
             return self._device.floats(logits)
+        device, rank, none = self._device, self._rank, np.empty((0, self.config.vocab), np.float32)
+        # All that goes to the device goes before the layers: a copy after them would wait for them.
         plan = self.kv.plan(step.spans)
-        ids = self._device.tensor(np.array(step.tokens))
-        x = self._layers(self._first(ids), plan, self.kv.layers)
-        if not self._rank.is_last:
+        rows = device.tensor(np.array(step.sample_rows, np.int64)) if rank.is_last else None
+        if rank.is_first:
+            x = self._embed(device.tensor(np.array(step.tokens)))
+        else:
+            shape = (len(step.tokens), self.config.width)
+            x = self._collective.recv(shape, device.activations(self._dtype))
+        x = self._layers(x, plan, self.kv.layers)
+        if rows is None:
             self._collective.send(x)
-            return np.empty((0, self.config.vocab), np.float32)
-        if not step.sample_rows:
-            return np.empty((0, self.config.vocab), np.float32)
-        rows = self._device.tensor(np.array(step.sample_rows))
-        return self._device.floats(self._logits(x[rows]))
+            return none
+        return device.floats(self._logits(x[rows])) if step.sample_rows else none
 
     def _decode(self, ids: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Tokens [T] -> logits [T, vocab]: all of a step, in a model that is not in stages."""
-        return self._logits(self._layers(self._first(ids), plan, self.kv.layers))
+        return self._logits(self._layers(self._embed(ids), plan, self.kv.layers))
 
-    def _first(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows [T, width] of the tokens [T] as they enter this stage."""
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Tokens [T] -> [T, width]."""
         embed = self._weights.embed
-        if embed is None:
-            shape = (len(ids), self.config.width)
-            return self._collective.recv(shape, self._device.activations(self._dtype))
+        assert embed is not None
         if self._rank.tp_size == 1:
             return embed(ids)
         own = self._rank.vocab(self.config.vocab)

@@ -87,8 +87,8 @@ class Distributed:
 
     @property
     def in_graphs(self) -> bool:
-        """See `Collective`: gloo's run on the host, which a replay does not come by."""
-        return self._backend != "gloo" or self._rank.tp_size == 1
+        """See `Collective`: gloo's run on the host, which a replay does not come by; of hccl's it is not known."""
+        return self._backend == "nccl" or self._rank.tp_size == 1
 
     def connect(self) -> None:
         """Meet all the others. Raises RuntimeError where one does not come."""

@@ -32,7 +32,8 @@ from services.worker.flowserve.spmd.heartbeat import Heartbeats
 from services.worker.flowserve.spmd.job import Job
 from services.worker.flowserve.spmd.ring import RingWriter, Stalled
 from services.worker.flowserve.torch_decoder import TorchDecoder
-from services.worker.settings import compute_env
+from services.worker.settings import compute_env, read_graphs
+from shared.config import Reader
 
 _EXECUTOR: Final = "services.worker.flowserve.spmd.executor"
 _STALLED_S: Final = 60.0  # far beyond a step; a rank that hangs is found by its heartbeat
@@ -127,6 +128,7 @@ class SpmdDecoder:
                 device=device,
                 rank=rank,
                 collective=collective,
+                graphs=read_graphs(Reader(os.environ)),
             )
             crew.wait_loaded()
             collective.connect()

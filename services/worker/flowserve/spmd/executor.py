@@ -30,6 +30,8 @@ from services.worker.flowserve.spmd.ring import RingReader
 if TYPE_CHECKING:
     from services.worker.flowserve.spmd.collective import Distributed
     from services.worker.flowserve.torch_decoder import TorchDecoder
+from services.worker.settings import read_graphs
+from shared.config import Reader
 
 _PR_SET_PDEATHSIG: Final = 1
 _MAX_WORDS: Final = 4000  # of an error's text: one write of a pipe
@@ -85,6 +87,7 @@ def _load(job: Job) -> tuple[TorchDecoder, Distributed]:
         device=device,
         rank=job.rank,
         collective=collective,
+        graphs=read_graphs(Reader(os.environ)),
     )
     return decoder, collective
 
