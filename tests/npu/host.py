@@ -96,16 +96,8 @@ class HostRuntime:
     name = "no NPU"
     place = torch.device("cpu")
 
-    def __init__(self) -> None:
-        self.num_pinned_bytes = 0
-
     def memory(self) -> tuple[int, int]:
         return 24 << 30, 64 << 30
-
-    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        host = torch.empty(tuple(shape), dtype=dtype)
-        self.num_pinned_bytes += host.nbytes
-        return host
 
     def synchronize(self) -> None:
         """Nothing is ever under way."""

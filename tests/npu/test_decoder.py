@@ -9,6 +9,7 @@ experts a router's tie may fall either way, which changes a row as a whole: ther
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -19,12 +20,14 @@ import torch
 from tokenizers import Tokenizer
 
 from deepflow.bench.quality import PROSE
-from services.worker.flowserve.config import ModelError
+from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Floats
 from services.worker.flowserve.device.cpu import CpuDevice
 from services.worker.flowserve.device.npu import NpuDevice
+from services.worker.flowserve.device.npu_attention import NUM_SPARE, check
 from services.worker.flowserve.rank import Rank
 from services.worker.flowserve.torch_decoder import TorchDecoder
+from shared.errors import InvalidRequest
 from tests.npu.host import HostRuntime
 from tests.worker.bench import Bench, request
 from tests.worker.drive import Driver, Sequence, random_ids
@@ -196,6 +199,20 @@ def test_shared_pages_in_a_small_pool(tmp_path: Path, graphs: bool) -> None:
         assert_close(sequence.logits, on_cpu(folder, sequence.ids)[256:], "llama")
 
 
+def test_rows_that_fill_up_leave_the_cache_alone(tmp_path: Path) -> None:
+    """Five rows are computed as eight; the other three write no cell of any block, the first one's neither."""
+    driver = Driver(on_npu(model(tmp_path, "llama"), graphs=True), num_blocks=8, page=PAGE)
+    kv = driver.decoder.kv  # type: ignore[attr-defined]
+    driver.run(Sequence(random_ids(PAGE), table=[0]))
+    before = kv.read_blocks([0, 6, 7]).copy()
+    batch = [Sequence(random_ids(3, seed=n), table=[n]) for n in range(1, 6)]
+    driver.step([(sequence, 2) for sequence in batch])
+    driver.step([(sequence, 1) for sequence in batch])
+    assert driver.decoder.num_graphs == 1  # type: ignore[attr-defined]
+    assert np.array_equal(kv.read_blocks([0, 6, 7]), before)
+    assert before[0].any()
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "w8a8"])
 def test_blocks_move_between_devices(tmp_path: Path, dtype: str) -> None:
     """Blocks read on the host from one cache and written to other places of another hold the same context."""
@@ -223,6 +240,23 @@ def test_what_the_npu_does_not_serve(tmp_path: Path) -> None:
     odd = make_tiny(tmp_path / "odd", head_dim=24, with_tokenizer=False)
     with pytest.raises(ModelError, match="heads of 24"):
         on_npu(odd).allocate(8, PAGE)
+
+
+def test_how_large_a_cache_may_be(tmp_path: Path) -> None:
+    """Of the longest context that is documented, of as many elements, and of what memory is free; an error names what
+    there may be."""
+    config = ModelConfig.from_folder(model(tmp_path, "qwen3"))
+    most = (2**31 - 1) // (PAGE * config.num_kv_heads * config.head_dim) - NUM_SPARE
+    long = replace(config, context=1 << 20)
+    check(long, 262_144 // PAGE, PAGE)
+    with pytest.raises(ModelError, match="over 262144"):
+        check(long, 262_144 // PAGE + 1, PAGE)
+    check(config, most, PAGE)
+    with pytest.raises(ModelError, match=f"{most + 1} KV blocks, more than {most}"):
+        check(config, most + 1, PAGE)
+    deep = make_tiny(tmp_path / "deep", layers=16, with_tokenizer=False)
+    with pytest.raises(InvalidRequest, match=rf"takes \d+ bytes.*{24 << 30} free.*KV_BYTES"):
+        on_npu(deep).allocate(250_000, PAGE)
 
 
 def test_memory_and_name_are_the_cards() -> None:

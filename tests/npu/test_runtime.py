@@ -72,6 +72,13 @@ def test_the_runtime_takes_the_arguments_we_name(npu_wheel: Wheel) -> None:
     assert arguments(npu_wheel, graphs, "NPUGraph", "replay") == {"self"}
 
 
+def test_other_threads_may_use_the_npu_while_one_records() -> None:
+    """As those of collectives do, which the default takes for an error."""
+    (recording,) = (call for call in runtime_calls() if ast.unparse(call.func) == "self._npu.graph")
+    modes = [ast.unparse(k.value) for k in recording.keywords if k.arg == "capture_error_mode"]
+    assert modes == ["'thread_local'"]
+
+
 def test_only_one_module_imports_torch_npu() -> None:
     """By hand, inside a function: no import of ours loads it."""
     importing = [

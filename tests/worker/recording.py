@@ -32,9 +32,7 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in _FORBIDDEN, f"{func} in a graph"
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in _tensors((args, kwargs))}
-        made = [x for x in _tensors(out) if x.untyped_storage().data_ptr() not in given]
-        self._operations.append((func, args, kwargs or {}, made))
+        self._operations.append((func, args, kwargs or {}, _made(out, (args, kwargs))))
         return out
 
     def replay(self) -> torch.Tensor:
@@ -43,8 +41,8 @@ class Recording(TorchDispatchMode):
             for x in made:
                 x.fill_(torch.nan if x.is_floating_point() else 77)
         for func, args, kwargs, made in self._operations:
-            out = _tensors(func(*args, **kwargs))
-            for x, new in zip(made, out, strict=False):
+            out = func(*args, **kwargs)
+            for x, new in zip(made, _made(out, (args, kwargs)), strict=True):
                 x.copy_(new)
         return self._result
 
@@ -59,6 +57,12 @@ class RecordingDevice(CudaDevice):
     def capture(self, compute: Callable[[], torch.Tensor], plan: DecodePlan) -> Recording:
         """See `Device`."""
         return Recording(compute)
+
+
+def _made(out: Any, given: Any) -> list[torch.Tensor]:
+    """What an operation made anew: no argument, nor view of one."""
+    places = {x.untyped_storage().data_ptr() for x in _tensors(given)}
+    return [x for x in _tensors(out) if x.untyped_storage().data_ptr() not in places]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

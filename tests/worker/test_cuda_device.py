@@ -3,6 +3,7 @@ kernels where there is a GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from services.worker.flowserve.device.cuda_linear import (
     CudaInt8Linear,
     CudaLinear,
 )
-from services.worker.flowserve.device.device import Device
+from services.worker.flowserve.device.device import Device, Linear, Rows
 from services.worker.flowserve.device.paged import PagedKV
 from services.worker.flowserve.torch_decoder import TorchDecoder
+from shared.errors import InvalidRequest
 from tests.worker.drive import PAGE, Driver, Sequence, random_ids
+from tests.worker.recording import RecordingDevice
 from tests.worker.tiny import FAMILIES, MOE_FAMILIES, make_tiny
 
 LENGTHS = (1, 16, 17, 200)
@@ -132,6 +135,30 @@ def test_blocks_move(tmp_path: Path, dtype: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_what_others_left_in_the_cache_stays_theirs(
+    tmp_path: Path, place: str, graphs: bool
+) -> None:
+    """Where every cell holds NaN, also those of nobody's block, logits are those over a clean cache, in steps with rows
+    that only fill up a graph too."""
+    folder = make_tiny(tmp_path / "tiny", "mistral", with_tokenizer=False, sliding_window=24)
+    device = RecordingDevice() if place == "cpu" else _device(place)
+    results = []
+    for is_clean in (True, False):
+        decoder = _load(folder, device, graphs=graphs)
+        driver = Driver(decoder)
+        for layer in () if is_clean else decoder.kv.layers:
+            layer.fill_(torch.nan)
+        batch = [Sequence(random_ids(n, seed=n)) for n in (40, 5, 21)]
+        driver.step([(sequence, len(sequence.ids) - 4) for sequence in batch])
+        for _ in range(4):
+            driver.step([(sequence, 1) for sequence in batch])
+        results.append(np.concatenate([sequence.logits for sequence in batch]))
+        assert (decoder.num_graphs > 0) == graphs
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("num_rows", "size"), [(1, (24, 40)), (17, (33, 50)), (100, (512, 576))])
 def test_w8a8_products(num_rows: int, size: tuple[int, int], place: str) -> None:
     """The int8 product of any shape is the float product of the quantised factors, row by row the same in any batch."""
@@ -183,6 +210,21 @@ def test_experts_equal_each_by_itself(hidden: int, place: str) -> None:
         torch.testing.assert_close(results[1][row], expected, atol=5e-2, rtol=5e-2)
 
 
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_experts_where_a_grouped_product_reads_back(
+    monkeypatch: pytest.MonkeyPatch, is_recorded: bool
+) -> None:
+    """On a card without one of its own, every expert computes every row in what is recorded, and there alone."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_recorded)
+    weights = np.random.default_rng(0).standard_normal((3, 16, 8)).astype(np.float32)
+    experts = CudaExperts(weights, weights[:, :8], (3, 8, 8), torch.bfloat16, torch.device("cpu"))
+    experts._is_native = False
+    rows, chosen = torch.ones(2, 8, dtype=torch.bfloat16), torch.tensor([[0, 2], [2, 1]])
+    with torch.profiler.profile() as profile:
+        experts(rows, torch.ones(2, 2), chosen)
+    assert any("grouped_mm" in event.key for event in profile.key_averages()) is not is_recorded
+
+
 def test_float_products_have_biases_where_parts_have() -> None:
     """Parts lie one below the other; one without a bias has zeros."""
     eye = np.eye(2, dtype=np.float32)
@@ -201,6 +243,26 @@ def test_what_is_not_served_is_refused() -> None:
         CudaDevice(torch.device("cpu")).activations("int4")
     with pytest.raises(ModelError, match="no CUDA device 99: "):
         CudaDevice.open(99)
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    """Where the device's memory ends while weights are loaded, the error says so, and where."""
+
+    class Full(CudaDevice):
+        def linear(self, parts: Iterable[Rows], size: tuple[int, int], dtype: str) -> Linear:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    folder = make_tiny(tmp_path / "tiny", with_tokenizer=False)
+    with pytest.raises(ModelError, match=r"no memory on cpu for the weights: .* 2\.00 GiB"):
+        _load(folder, Full(torch.device("cpu")))
+
+
+@needs_gpu
+def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
+    """It is refused before anything is taken, with both sizes and the setting."""
+    decoder = _load(make_tiny(tmp_path / "tiny", with_tokenizer=False), _device("cuda"))
+    with pytest.raises(InvalidRequest, match=r"takes \d+ bytes.*\d+ free.*DEEPFLOW_KV_BYTES"):
+        decoder.allocate(1 << 30, PAGE)
 
 
 @needs_gpu

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from services.worker.flowserve.attention import AttentionPlan, BlockSizes
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Span
-from services.worker.flowserve.kv import KVCache, bytes_per_block
+from services.worker.flowserve.device.cpu_attention import AttentionPlan, BlockSizes
+from services.worker.flowserve.device.cpu_kv import KVCache, bytes_per_block
 
 CONFIG = ModelConfig.from_dict(
     {

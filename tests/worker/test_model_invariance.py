@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from services.worker.flowserve import native_decoder
 from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
 from services.worker.flowserve.device.cpu import rms_norm, rotate, route, swiglu
-from services.worker.flowserve.linear import RowLinear
+from services.worker.flowserve.device.cpu_linear import RowLinear
 from tests.worker.drive import PAGE, Driver, Sequence, load, random_ids
 from tests.worker.tiny import MOE_FAMILIES, make_tiny
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.flowserve.linear import FloatLinear, Int8Linear, quantise_rows
+from services.worker.flowserve.device.cpu_linear import FloatLinear, Int8Linear, quantise_rows
 from services.worker.flowserve.quantise import (
     Floats,
     from_bfloat16,

@@ -38,8 +38,11 @@ class Checkpoint:
         """All files that hold tensors, in the order of their names."""
         return [self._open(name) for name in sorted(set(self._places.values()))]
 
-    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[Array, str]:
-        """The tensor `name` as it is stored, a read-only view of the file, and its type: F32, F16 or BF16."""
+    def stored(
+        self, name: str, shape: tuple[int, ...], *, rows: range | None = None
+    ) -> tuple[Array, str]:
+        """The tensor `name`, or those of its `rows` that there are, as it is stored, a read-only view of the file, and
+        its type: F32, F16 or BF16."""
         if name not in self._places:
             raise ModelError(f"{self._folder}: tensor {name!r} is missing")
         file = self._open(self._places[name])
@@ -52,7 +55,8 @@ class Checkpoint:
         dtype = file.dtype(name)
         if dtype not in FLOATS:
             raise ModelError(f"{self._folder}: tensor {name!r} has type {dtype}, no float")
-        return file.array(name), dtype
+        array = file.array(name)
+        return (array if rows is None else array[rows.start : rows.stop]), dtype
 
     def floats(
         self,
@@ -63,9 +67,7 @@ class Checkpoint:
         columns: range | None = None,
     ) -> Floats:
         """A float32 copy of the tensor `name`, or of its `rows` and `columns`: no more is read than that."""
-        array, dtype = self.stored(name, shape)
-        if rows is not None:
-            array = array[rows.start : rows.stop]
+        array, dtype = self.stored(name, shape, rows=rows)
         if columns is not None:
             array = array[..., columns.start : columns.stop]
         return as_floats(array, dtype)

@@ -87,7 +87,7 @@ class Graphs:
             return None
         tokens = np.zeros(num_rows, np.int64)
         tokens[: len(step.tokens)] = step.tokens
-        bucket.ids.copy_(torch.from_numpy(tokens))
+        bucket.ids.copy_(self._device.tensor(tokens))
         graph = bucket.graph or self._record(bucket)
         return None if graph is None else graph.replay()[: len(step.tokens)]
 

@@ -11,10 +11,10 @@ from typing import Final
 import numpy as np
 
 from services.worker.flowserve.checkpoint import Checkpoint
-from services.worker.flowserve.config import ModelConfig
+from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.quantise import Floats
 from services.worker.flowserve.rank import HIDDEN_UNIT
-from services.worker.flowserve.tensorfile import Array, as_floats
+from services.worker.flowserve.tensorfile import Array
 
 _EMBED: Final = "model.embed_tokens.weight"
 _BEFORE_ATTENTION, _BEFORE_MLP, _LAST = "input_layernorm", "post_attention_layernorm", "model.norm"
@@ -46,7 +46,8 @@ class RotatedCheckpoint:
     it; only a norm's weights would, so they go into the products behind, and become ones. Values are rotated head by
     head as they are made, and attention's output, a sum of them, is turned back by the product behind it. What an MLP
     computes within is another matter: who uses these weights has to rotate it by `of_hidden`, except in the experts of
-    a mixture. All this is exact but for rounding. Raises ModelError as a checkpoint does.
+    a mixture. All this is exact but for rounding. Raises ModelError as a checkpoint does, and naming a tensor with a
+    number that is not finite, which would spread.
     """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
@@ -59,10 +60,12 @@ class RotatedCheckpoint:
         """Of the `size` hidden values of an MLP: in blocks that no rank has only a part of."""
         return Rotation(size, HIDDEN_UNIT)
 
-    def stored(self, name: str, shape: tuple[int, ...]) -> tuple[Array, str]:
+    def stored(
+        self, name: str, shape: tuple[int, ...], *, rows: range | None = None
+    ) -> tuple[Array, str]:
         """The embeddings, rotated, and their type."""
         assert name == _EMBED, name
-        return self._of_rows(as_floats(*self._checkpoint.stored(name, shape))), "F32"
+        return self._of_rows(self._read(name, shape, rows=rows)), "F32"
 
     def floats(
         self,
@@ -74,7 +77,7 @@ class RotatedCheckpoint:
     ) -> Floats:
         """As of a checkpoint. Embeddings are asked for like this only where they are the last product, too. Rows and
         columns of attention are those of whole heads."""
-        values = self._checkpoint.floats(name, shape, rows=rows, columns=columns)
+        values = self._read(name, shape, rows=rows, columns=columns)
         module, kind = name.rsplit(".", 2)[-2:]
         if module in (_BEFORE_ATTENTION, _BEFORE_MLP) or name == f"{_LAST}.weight":
             return np.ones_like(values)
@@ -103,4 +106,17 @@ class RotatedCheckpoint:
         if parts[:2] == ["model", "layers"]:
             last = _BEFORE_ATTENTION if parts[3] == "self_attn" else _BEFORE_MLP
             norm = ".".join((*parts[:3], last))
-        return self._checkpoint.floats(f"{norm}.weight", (self._config.width,))
+        return self._read(f"{norm}.weight", (self._config.width,))
+
+    def _read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Floats:
+        values = self._checkpoint.floats(name, shape, rows=rows, columns=columns)
+        if not np.isfinite(values).all():
+            raise ModelError(f"tensor {name!r} holds a number that is not finite")
+        return values

@@ -8,6 +8,7 @@ are to be added up, so one of them has the bias. This module must not know the a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 from services.worker.flowserve.checkpoint import Checkpoint
-from services.worker.flowserve.config import ModelConfig, MoeConfig
+from services.worker.flowserve.config import ModelConfig, ModelError, MoeConfig
+from services.worker.flowserve.device.cpu_linear import Int8Linear, RowLinear, SparseLinears
 from services.worker.flowserve.device.device import Device, Embedding, Linear, Rows
 from services.worker.flowserve.layout import GATES, padded
-from services.worker.flowserve.linear import Int8Linear, RowLinear, SparseLinears
 from services.worker.flowserve.mlp import DenseMlp, Mlp, MoeMlp, SharedMlp
 from services.worker.flowserve.prepared import Prepared
 from services.worker.flowserve.quantise import GROUP, PANEL, Floats
@@ -59,7 +60,8 @@ def from_checkpoint(
     device: Device,
     rank: Rank,
 ) -> Weights:
-    """Products in `dtype`; `config` is the whole model's. Raises ModelError naming a tensor that is missing or odd."""
+    """Products in `dtype`; `config` is the whole model's. Raises ModelError naming a tensor that is missing or odd,
+    and where the device has no memory for all."""
     width, head_dim = config.width, config.head_dim
     activations = device.activations(dtype)
     own_q, own_kv = (
@@ -77,7 +79,8 @@ def from_checkpoint(
         def read() -> Iterator[Rows]:
             for name, (size, rows) in parts.items():
                 weight = checkpoint.floats(f"{name}.weight", (size, num_inputs), rows=rows)
-                weight = np.pad(weight, ((0, len(rows) - len(weight)), (0, 0)))
+                if missing := len(rows) - len(weight):
+                    weight = np.pad(weight, ((0, missing), (0, 0)))
                 yield (
                     weight,
                     checkpoint.floats(f"{name}.bias", (size,), rows=rows) if bias else None,
@@ -180,19 +183,22 @@ def from_checkpoint(
         )
 
     def embed() -> Embedding:
-        stored, stored_dtype = checkpoint.stored(f"{_EMBED}.weight", (config.vocab, width))
-        return device.embedding(stored[own_vocab.start : own_vocab.stop], stored_dtype, dtype)
+        shape = (config.vocab, width)
+        return device.embedding(
+            *checkpoint.stored(f"{_EMBED}.weight", shape, rows=own_vocab), dtype
+        )
 
     def head() -> Linear:
         name = _EMBED if config.tied else "lm_head"
         return by_outputs({name: (config.vocab, own_vocab)}, width)
 
-    return Weights(
-        embed=embed() if rank.is_first else None,
-        layers=[layer(index) for index in rank.layers(config.num_layers)],
-        norm=norm("model.norm") if rank.is_last else None,
-        head=head() if rank.is_last else None,
-    )
+    with _memory_of(device):
+        return Weights(
+            embed=embed() if rank.is_first else None,
+            layers=[layer(index) for index in rank.layers(config.num_layers)],
+            norm=norm("model.norm") if rank.is_last else None,
+            head=head() if rank.is_last else None,
+        )
 
 
 def from_prepared(prepared: Prepared, device: Device, rank: Rank) -> Weights:
@@ -278,3 +284,11 @@ def from_prepared(prepared: Prepared, device: Device, rank: Rank) -> Weights:
         norm=vector("norm") if rank.is_last else None,
         head=linear("head", tokens, width) if rank.is_last else None,
     )
+
+
+@contextmanager
+def _memory_of(device: Device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"no memory on {device.place} for the weights: {error}") from error

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.worker.flowserve.attention import AttentionPlan, BlockSizes
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Floats, Span
+from services.worker.flowserve.device.cpu_attention import AttentionPlan, BlockSizes
+from services.worker.flowserve.device.cpu_kv import KVCache, bytes_per_block
+from services.worker.flowserve.device.cpu_linear import FloatLinear, SparseLinears
 from services.worker.flowserve.device.device import (
     DecodePlan,
     Embedding,
@@ -28,8 +30,6 @@ from services.worker.flowserve.device.device import (
     Memory,
     Rows,
 )
-from services.worker.flowserve.kv import KVCache, bytes_per_block
-from services.worker.flowserve.linear import FloatLinear, SparseLinears
 from services.worker.flowserve.mlp import DenseMlp
 from services.worker.flowserve.rope import RotaryTable
 from services.worker.flowserve.tensorfile import Array, as_floats

@@ -1,8 +1,9 @@
 """An NVIDIA GPU: cuBLAS, torch's own operations, Triton's kernels for attention where they run, CUDA graphs.
 
 Rows are bf16 between the products (fp32 where the model is served in that), sums and norms fp32. Everything goes into
-the thread's current stream, in order, and only `floats`, `read_blocks` and a recording wait. Sums are in the order that
-the libraries choose, so a row's last bits may depend on its batch. This module must not know layers or weights' names.
+the thread's current stream, in order; of what a step asks for only `floats` waits, besides it `read_blocks`, a
+recording, and what loads weights. Sums are in the order that the libraries choose, so a row's last bits may depend on
+its batch. This module must not know layers or weights' names.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch.nn.functional as functional
 
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Floats
+from services.worker.flowserve.device import accelerator
+from services.worker.flowserve.device.cpu_kv import bytes_per_block
 from services.worker.flowserve.device.cuda_linear import (
     CudaExperts,
     CudaInt8Linear,
@@ -31,16 +34,14 @@ from services.worker.flowserve.device.device import (
     Memory,
     Rows,
 )
-from services.worker.flowserve.device.paged import PagedKV, host_tensor, wait
-from services.worker.flowserve.kv import bytes_per_block
-from services.worker.flowserve.tensorfile import Array, as_floats
+from services.worker.flowserve.device.paged import NUM_SPARE, PagedKV, wait
+from services.worker.flowserve.tensorfile import Array
 from shared import log
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "w8a8": torch.bfloat16}
-_ROWS_AT_ONCE = 4096  # of an embedding, on their way through the host's memory
 _BFLOAT16_SINCE = (8, 0)  # compute capability: Ampere
 
 
@@ -120,12 +121,12 @@ class CudaDevice:
         return _DTYPES[dtype]
 
     def tensor(self, array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """See `Device`."""
-        return torch.tensor(array).to(self.place).to(dtype)
+        """See `Device`: through pinned memory, without waiting."""
+        return accelerator.upload(array, self.place).to(dtype)
 
     def floats(self, x: torch.Tensor) -> Floats:
         """See `Device`: through pinned memory."""
-        host = host_tensor(tuple(x.shape), torch.float32, self.place)
+        host = accelerator.host_tensor(tuple(x.shape), torch.float32, self.place)
         host.copy_(x.float(), non_blocking=True)
         wait(self.place)
         floats: Floats = host.numpy()
@@ -139,15 +140,7 @@ class CudaDevice:
 
     def embedding(self, stored: Array, stored_dtype: str, dtype: str) -> Embedding:
         """A copy on the device."""
-        weight = torch.empty(stored.shape, dtype=self.activations(dtype), device=self.place)
-        for begin in range(0, len(stored), _ROWS_AT_ONCE):
-            rows = slice(begin, begin + _ROWS_AT_ONCE)
-            weight[rows] = torch.from_numpy(as_floats(stored[rows], stored_dtype)).to(weight.dtype)
-
-        def embed(ids: torch.Tensor) -> torch.Tensor:
-            return functional.embedding(ids, weight)
-
-        return embed
+        return accelerator.embedding(stored, stored_dtype, self.activations(dtype), self.place)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Device`."""
@@ -189,9 +182,14 @@ class CudaDevice:
 
     def allocate_kv(self, config: ModelConfig, num_blocks: int, page: int, dtype: str) -> PagedKV:
         """See `Device`; any page will do. Kernels compute if they compile here and agree with plain torch on a small
-        problem of this model's shape, which is found out now, not in the middle of a step."""
+        problem of this model's shape, which is found out now, not in the middle of a step. Raises InvalidRequest where
+        the memory that is free does not hold the blocks."""
         activations = self.activations(dtype)
         kind = self._kind_of_kv(config, page, activations)
+        if self.place.type == "cuda":
+            torch.cuda.empty_cache()  # what loading has left to torch counts as taken
+            num_bytes = (num_blocks + NUM_SPARE) * self.bytes_per_block(config, page, dtype)
+            accelerator.require_room(num_bytes, self.memory(), self.place)
         return kind(config, num_blocks, page, activations, self.place)
 
     def _kind_of_kv(self, config: ModelConfig, page: int, dtype: torch.dtype) -> type[PagedKV]:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as functional
 
 from services.worker.flowserve.decoder import Floats
-from services.worker.flowserve.device.device import MAX_GRAPH_ROWS, Rows
-from services.worker.flowserve.linear import quantise_rows
+from services.worker.flowserve.device.cpu_linear import quantise_rows
+from services.worker.flowserve.device.device import Rows
 
 _ROWS_AT_ONCE: Final = 4096  # of weights on their way to int8
 _MIN_INT8_ROWS: Final = 32  # `torch._int_mm` on CUDA wants more than 16 rows,
@@ -85,8 +85,8 @@ class CudaExperts:
     """`device.Experts`: rows sorted by expert, and one grouped product for all.
 
     torch has that in bf16, and on compute capabilities 9 and 10 only; elsewhere its own fallback reads the counts back,
-    which no graph can (pytorch#169970). So there, for as few rows as a graph may have, and in fp32, which is for
-    comparing numbers, every expert computes every row.
+    which no graph can (pytorch#169970). So what is recorded there, and fp32, which is for comparing numbers, has every
+    expert compute every row.
 
     `gate_up` is [experts, 2 * hidden, width], `down` [experts, width, hidden].
     """
@@ -113,7 +113,8 @@ class CudaExperts:
     def __call__(
         self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        if not self._is_grouped or (len(x) <= MAX_GRAPH_ROWS and not self._is_native):
+        is_recorded = not self._is_native and torch.cuda.is_current_stream_capturing()
+        if not self._is_grouped or is_recorded:
             return self._every(x, weights, chosen)
         num_chosen = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # places (row, choice), expert by expert

@@ -212,7 +212,7 @@ class Device(Protocol):
 
     def allocate_kv(self, config: ModelConfig, num_blocks: int, page: int, dtype: str) -> KV:
         """A cache of blocks 0 to num_blocks - 1, whose cells hold finite numbers. Raises ModelError for a page that
-        the device's attention cannot read."""
+        the device's attention cannot read, InvalidRequest where there is no memory for it."""
         ...
 
     # ----------------------------------------------------------------------------------------------------- graphs

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-import torch.nn.functional as functional
 
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Floats
+from services.worker.flowserve.device import accelerator
+from services.worker.flowserve.device.cpu_kv import bytes_per_block
 from services.worker.flowserve.device.device import (
     DecodePlan,
     Embedding,
@@ -25,12 +26,11 @@ from services.worker.flowserve.device.device import (
     Memory,
     Rows,
 )
-from services.worker.flowserve.device.npu_attention import PAGE
+from services.worker.flowserve.device.npu_attention import NUM_SPARE, PAGE, check
 from services.worker.flowserve.device.npu_kv import NpuDecodePlan, NpuKV
 from services.worker.flowserve.device.npu_linear import make_experts, make_linear
 from services.worker.flowserve.device.npu_runtime import AscendRuntime, Runtime
-from services.worker.flowserve.kv import bytes_per_block
-from services.worker.flowserve.tensorfile import Array, as_floats
+from services.worker.flowserve.tensorfile import Array
 
 
 class NpuDevice:
@@ -69,8 +69,8 @@ class NpuDevice:
         return torch.bfloat16
 
     def tensor(self, array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """See `Device`."""
-        return torch.tensor(array).to(self.place).to(dtype)
+        """See `Device`: through pinned memory, without waiting."""
+        return accelerator.upload(array, self.place).to(dtype)
 
     def floats(self, x: torch.Tensor) -> Floats:
         """See `Device`."""
@@ -84,15 +84,7 @@ class NpuDevice:
 
     def embedding(self, stored: Array, stored_dtype: str, dtype: str) -> Embedding:
         """See `Device`: in bf16, as the rows are."""
-        if stored_dtype == "BF16":
-            table = torch.tensor(stored).view(torch.bfloat16).to(self.place)
-        else:
-            table = self.tensor(as_floats(stored, stored_dtype), self.activations(dtype))
-
-        def embed(ids: torch.Tensor) -> torch.Tensor:
-            return functional.embedding(ids, table)
-
-        return embed
+        return accelerator.embedding(stored, stored_dtype, self.activations(dtype), self.place)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Device`."""
@@ -137,8 +129,11 @@ class NpuDevice:
         return bytes_per_block(config, page, self.activations(dtype))
 
     def allocate_kv(self, config: ModelConfig, num_blocks: int, page: int, dtype: str) -> NpuKV:
-        """See `Device`; keys and values are bfloat16."""
-        self.activations(dtype)
+        """See `Device`; keys and values are bfloat16. Raises InvalidRequest where the memory that is free does not hold
+        the blocks."""
+        check(config, num_blocks, page)
+        num_bytes = (num_blocks + NUM_SPARE) * self.bytes_per_block(config, page, dtype)
+        accelerator.require_room(num_bytes, self.memory(), self.place)
         return NpuKV(config, num_blocks, page, self._runtime)
 
     def capture(self, compute: Callable[[], torch.Tensor], plan: DecodePlan) -> Graph:

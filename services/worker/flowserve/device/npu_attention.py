@@ -15,9 +15,10 @@ import torch
 
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Span
-from services.worker.flowserve.rope import RotaryTable
+from services.worker.flowserve.device.accelerator import Rotary
 
 PAGE: Final = 128  # what a prompt's pages are a multiple of
+NUM_SPARE: Final = 2  # blocks for rows that nobody reads: each needs a slot of its own
 _MAX_PAGE: Final = 512
 _MAX_CONTEXT: Final = 262144
 _MAX_ROW: Final = 65535  # values of all heads of a position
@@ -73,19 +74,17 @@ def num_pages(length: int, page: int) -> int:
 
 
 class PagedAttention:
-    """The attention of one model's layers. Raises ModelError where the operators cannot compute it."""
+    """The attention of one model's layers, which `check` has found to be one that the operators compute. `num_blocks`
+    are there in all."""
 
-    def __init__(
-        self, config: ModelConfig, num_blocks: int, page: int, place: torch.device
-    ) -> None:
-        _check(config, num_blocks, page)
+    def __init__(self, config: ModelConfig, num_blocks: int, page: int, rotary: Rotary) -> None:
         self.page = page
         self.num_blocks = num_blocks
         self._num_heads = config.num_heads
         self._num_kv_heads = config.num_kv_heads
         # The factor that a stretched rotation puts on queries and keys alike: cosines must stay within -1 and 1.
-        self._scale = config.head_dim**-0.5 * RotaryTable(config).scale ** 2
-        self._mask = torch.ones(_MASK_SIDE, _MASK_SIDE, dtype=torch.bool).triu(1).to(place)
+        self._scale = config.head_dim**-0.5 * rotary.scale**2
+        self._mask = torch.ones(_MASK_SIDE, _MASK_SIDE, dtype=torch.bool).triu(1).to(rotary.place)
 
     def single_rows(self, pages: Pages, q: torch.Tensor, seen: Seen) -> torch.Tensor:
         """q [B, H * D], a row of each sequence -> the same shape."""
@@ -159,26 +158,23 @@ def rotate(
     return turned[0].squeeze(0), turned[1].squeeze(0)
 
 
-class Rotary:
-    """cos and sin of positions in bf16 on the device, without the factor that `PagedAttention` applies."""
-
-    def __init__(self, config: ModelConfig, place: torch.device) -> None:
-        self._table = RotaryTable(config)
-        self._place = place
-        self._cos = self._sin = torch.empty((0, config.head_dim), device=place)
-
-    def rows(self, positions: torch.Tensor, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), [T, 1, D] each, of the positions int32 [T], none of which is beyond `last`."""
-        if last >= len(self._cos):
-            self._cos, self._sin = (
-                (torch.from_numpy(half) / self._table.scale).bfloat16().to(self._place).repeat(1, 2)
-                for half in self._table.upto(last)
-            )
-        cos, sin = (half.index_select(0, positions).unsqueeze(1) for half in (self._cos, self._sin))
-        return cos, sin
+def rotation(
+    rotary: Rotary, positions: torch.Tensor, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), bf16 [T, 1, D] each, of the positions int32 [T], none of which is beyond `last`; without the factor
+    that `PagedAttention` applies."""
+    rotary.reach(last)
+    cos, sin = (
+        (half.index_select(0, positions) / rotary.scale).bfloat16().repeat(1, 2).unsqueeze(1)
+        for half in (rotary.cos, rotary.sin)
+    )
+    return cos, sin
 
 
-def _check(config: ModelConfig, num_blocks: int, page: int) -> None:
+def check(config: ModelConfig, num_blocks: int, page: int) -> None:
+    """Raises ModelError where the operators cannot compute the attention of a model, over `num_blocks` of sequences and
+    the spare ones."""
+    most = _INT32_MAX // (page * config.num_kv_heads * config.head_dim) - NUM_SPARE
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
     for holds, found in (
         (page % PAGE == 0 and page <= _MAX_PAGE, f"a KV page of {page}, no {PAGE} to {_MAX_PAGE}"),
@@ -186,10 +182,7 @@ def _check(config: ModelConfig, num_blocks: int, page: int) -> None:
         (heads <= 256 and config.group <= 64, f"{heads} heads, {config.group} of a key/value head"),
         (heads * size < _MAX_ROW, f"{heads} heads of {size}, {_MAX_ROW} together or more"),
         (kv_heads * size <= _MAX_ROW, f"{kv_heads} key/value heads of {size}, over {_MAX_ROW}"),
-        (
-            num_blocks * page * kv_heads * size <= _INT32_MAX,
-            f"{num_blocks} KV blocks, more than {_INT32_MAX // (page * kv_heads * size)}",
-        ),
+        (num_blocks <= most, f"{num_blocks} KV blocks, more than {most}"),
         (
             min(config.context, num_blocks * page) <= _MAX_CONTEXT,
             f"a context of {config.context}, over {_MAX_CONTEXT}",

@@ -18,19 +18,20 @@ import torch
 
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Span
+from services.worker.flowserve.device.accelerator import Rotary, host_tensor, pages_of, upload
 from services.worker.flowserve.device.npu_attention import (
+    NUM_SPARE,
     PagedAttention,
     Pages,
-    Rotary,
     Seen,
     Within,
     num_pages,
     rotate,
+    rotation,
     write,
 )
 from services.worker.flowserve.device.npu_runtime import Runtime
 
-NUM_SPARE: Final = 2  # blocks for rows that nobody reads: each needs a slot of its own
 _ALIGNMENT: Final = 128  # int32 values: 512 bytes
 
 Ints = npt.NDArray[np.int32]
@@ -39,18 +40,17 @@ Ints = npt.NDArray[np.int32]
 class Inputs:
     """int32 tensors on the device, written from the host in one copy. They stay where they are."""
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, shapes: Sequence[tuple[int, ...]], place: torch.device) -> None:
         sizes = [math.prod(shape) for shape in shapes]
         padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        self._data = torch.zeros(sum(padded), dtype=torch.int32, device=runtime.place)
+        self._data = torch.zeros(sum(padded), dtype=torch.int32, device=place)
         pieces = zip(torch.split(self._data, padded), sizes, shapes, strict=True)
         self.tensors = [piece[:size].view(shape) for piece, size, shape in pieces]
         self._places = [int(piece.storage_offset()) for piece in self.tensors]
 
     def write(self, arrays: Sequence[Ints]) -> None:
         """One array for each tensor, of its shape."""
-        host = self._runtime.pinned(self._data.shape, torch.int32)
+        host = host_tensor(self._data.shape, torch.int32, self._data.device)
         values = host.numpy()
         for place, array in zip(self._places, arrays, strict=True):
             values[place : place + array.size] = array.reshape(-1)
@@ -102,19 +102,19 @@ class NpuPlan(_Rows):
         for rows, batch in _batches(spans, kv.attention):
             if batch[0].length > 1:
                 layouts.append((rows, batch, {}))
-                arrays.append(np.array([batch[0].table[: _end_page(batch[0], page)]], np.int32))
+                arrays.append(np.array([batch[0].table[: pages_of(batch[0], page)]], np.int32))
                 continue
             views = {w: [Within.of(span, w, page) for span in batch] for w in windows}
             layouts.append((rows, batch, views))
             for within in views.values():
                 arrays.append(_tables(batch, within, page, _width(within, page)))
                 arrays.append(np.array([each.hidden for each in within], np.int32))
-        inputs = Inputs([array.shape for array in arrays], kv.runtime)
+        inputs = Inputs([array.shape for array in arrays], kv.runtime.place)
         inputs.write(arrays)
         tensors = iter(inputs.tensors)
         self.slots = next(tensors)
         last = max(span.start + span.length for span in spans) - 1
-        self.cos, self.sin = kv.rotary.rows(next(tensors), last)
+        self.cos, self.sin = rotation(kv.rotary, next(tensors), last)
         self._batches: list[_Chunk | _Singles] = []
         for rows, batch, views in layouts:
             if views:
@@ -154,9 +154,9 @@ class NpuDecodePlan(_Rows):
         shapes = [(num_rows,), (num_rows,)]
         tables = [(num_rows, width) for width in self._widths.values()]
         hidden = [(num_rows,) for _ in self._widths]
-        self._inputs = Inputs([*shapes, *tables, *hidden], kv.runtime)
+        self._inputs = Inputs([*shapes, *tables, *hidden], kv.runtime.place)
         self.slots, self._positions, *rest = self._inputs.tensors
-        self.cos, self.sin = (x.clone() for x in kv.rotary.rows(self._positions, 0))
+        self.cos, self.sin = rotation(kv.rotary, self._positions, 0)
         self._lengths = {w: [1] * num_rows for w in self._widths}
         self._tables = dict(zip(self._widths, rest[: len(tables)], strict=True))
         self._hidden = dict(zip(self._widths, rest[len(tables) :], strict=True))
@@ -170,7 +170,7 @@ class NpuDecodePlan(_Rows):
     def longest(self) -> Iterator[None]:
         """Meanwhile all sequences are as long as this plan may hold, so that what is recorded then has memory for that.
         The blocks beyond their own are not theirs."""
-        lengths, most = self._lengths, max(1, self._kv.attention.num_blocks // self.num_rows)
+        lengths, most = self._lengths, max(1, self._kv.num_blocks // self.num_rows)
         self._lengths = {
             window: [min(width, most) * self._kv.page] * self.num_rows
             for window, width in self._widths.items()
@@ -208,7 +208,7 @@ class NpuDecodePlan(_Rows):
             ]
         )
         self._lengths = {w: [each.length for each in within] for w, within in views.items()}
-        cos, sin = kv.rotary.rows(self._positions, max(span.start for span in rows))
+        cos, sin = rotation(kv.rotary, self._positions, max(span.start for span in rows))
         self.cos.copy_(cos)
         self.sin.copy_(sin)
         for window, mask in self._masks.items():
@@ -226,11 +226,11 @@ class NpuKV:
 
     def __init__(self, config: ModelConfig, num_blocks: int, page: int, runtime: Runtime) -> None:
         place = runtime.place
-        self.attention = PagedAttention(config, num_blocks + NUM_SPARE, page, place)
+        self.rotary = Rotary(config, place)
+        self.attention = PagedAttention(config, num_blocks + NUM_SPARE, page, self.rotary)
         self.num_blocks = num_blocks
         self.page = page
         self.runtime = runtime
-        self.rotary = Rotary(config, place)
         self.windows_of_layers = config.windows
         self.windows = [*dict.fromkeys(config.windows)]
         self.places = torch.arange(num_pages(config.context, page) * page, device=place)
@@ -250,25 +250,21 @@ class NpuKV:
 
     def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.uint8]:
         """See `KV`: layer by layer the keys, then the values, [page, kv heads, D] each."""
-        index = torch.tensor(blocks).to(self.runtime.place)
+        index = upload(np.array(blocks, np.int64), self.runtime.place)
         parts = [x.index_select(0, index).flatten(1) for x in self._tensors()]
         data = torch.cat(parts, dim=1).view(torch.uint8)
-        host = self.runtime.pinned(data.shape, torch.uint8)
+        host = host_tensor(data.shape, torch.uint8, data.device)
         host.copy_(data, non_blocking=True)
         self.runtime.synchronize()
         array: npt.NDArray[np.uint8] = host.numpy()
         return array
 
     def write_blocks(self, blocks: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
-        """See `KV`."""
-        host = self.runtime.pinned(data.shape, torch.uint8)
-        host.numpy()[:] = data
-        place = self.runtime.place
-        values = host.to(place, non_blocking=True).view(torch.bfloat16)
-        index = torch.tensor(blocks).to(place)
+        """See `KV`. The copy may still be under way at the return; what is computed afterwards comes after it."""
+        values = upload(data, self.runtime.place).view(torch.bfloat16)
+        index = upload(np.array(blocks, np.int64), self.runtime.place)
         for x, part in zip(self._tensors(), values.chunk(2 * len(self.layers), dim=1), strict=True):
             x.index_copy_(0, index, part.reshape(-1, *x.shape[1:]))
-        self.runtime.synchronize()  # `host` may go now
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         return (x for layer in self.layers for x in layer)
@@ -282,7 +278,7 @@ def _batches(
     row = first = used = 0
     batch: list[Span] = []
     for span in spans:
-        is_single, pages = span.length == 1, _end_page(span, attention.page)
+        is_single, pages = span.length == 1, pages_of(span, attention.page)
         follows = is_single and batch and batch[0].length == 1
         if batch and not (follows and used + pages <= attention.num_blocks):
             yield slice(first, row), batch
@@ -316,7 +312,7 @@ def _slots(spans: Sequence[Span], page: int) -> Ints:
         else:
             positions = np.arange(span.start, span.start + span.length)
             first = span.start // page
-            blocks = np.array(span.table[first : _end_page(span, page)])
+            blocks = np.array(span.table[first : pages_of(span, page)])
             slots[row : row + span.length] = blocks[positions // page - first] * page
             slots[row : row + span.length] += (positions % page).astype(np.int32)
         row += span.length
@@ -327,17 +323,13 @@ def _tables(spans: Sequence[Span], views: Sequence[Within], page: int, width: in
     """int32 [rows, width]: the blocks that each row sees; block 0, which is there, beyond them."""
     tables = np.zeros((len(spans), width), np.int32)
     for table, span, within in zip(tables, spans, views, strict=True):
-        blocks = span.table[within.first : _end_page(span, page)]
+        blocks = span.table[within.first : pages_of(span, page)]
         table[: len(blocks)] = blocks
     return tables
 
 
 def _width(views: Sequence[Within], page: int) -> int:
     return num_pages(max(within.length for within in views), page)
-
-
-def _end_page(span: Span, page: int) -> int:
-    return num_pages(span.start + span.length, page)
 
 
 def _hides(places: torch.Tensor, table: Any, hidden: torch.Tensor, page: int) -> torch.Tensor:

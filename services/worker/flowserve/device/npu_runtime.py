@@ -40,11 +40,6 @@ class Runtime(Protocol):
         """Bytes free and in all."""
         ...
 
-    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory of the host from which and to which copies are asynchronous. It may be dropped before a copy from it
-        is done: it is not used anew until then."""
-        ...
-
     def synchronize(self) -> None:
         """Wait for all that was launched."""
         ...
@@ -92,13 +87,10 @@ class AscendRuntime:
         self._pool: Any = None
 
     def memory(self) -> tuple[int, int]:
-        """See `Runtime`."""
+        """See `Runtime`; what loading has left to torch's allocator is given back before it is counted."""
+        self._npu.empty_cache()
         free, total = self._npu.mem_get_info(self.place)
         return int(free), int(total)
-
-    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """See `Runtime`: torch's allocator of pinned memory keeps track of copies."""
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def synchronize(self) -> None:
         """See `Runtime`."""
@@ -110,10 +102,14 @@ class AscendRuntime:
         return graph
 
     def recording(self, graph: HostInputs) -> AbstractContextManager[None]:
-        """See `Runtime`. All graphs share one pool of memory: one of them runs at a time."""
+        """See `Runtime`. All graphs share one pool of memory: one of them runs at a time. What other threads ask of the
+        NPU meanwhile, as HCCL's do, is none of a recording's business."""
         if self._pool is None:
             self._pool = self._npu.graph_pool_handle()
         context: AbstractContextManager[None] = self._npu.graph(
-            graph, pool=self._pool, auto_dispatch_capture=True
+            graph,
+            pool=self._pool,
+            capture_error_mode="thread_local",
+            auto_dispatch_capture=True,
         )
         return context

@@ -19,9 +19,10 @@ import torch.nn.functional as functional
 
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Span
-from services.worker.flowserve.kv import bytes_per_block
-from services.worker.flowserve.rope import RotaryTable
+from services.worker.flowserve.device.accelerator import Rotary, host_tensor, pages_of, upload
+from services.worker.flowserve.device.cpu_kv import bytes_per_block
 
+NUM_SPARE: Final = 1  # blocks that are nobody's
 _GATHERED_AT_ONCE: Final = (
     1 << 26
 )  # elements of keys and values, or of scores, of one call of attention
@@ -29,24 +30,8 @@ _GATHERED_AT_ONCE: Final = (
 Ints = npt.NDArray[np.int32]
 
 
-class Rotary:
-    """The rotary table on the device. It grows with the longest context; rows once given never change."""
-
-    def __init__(self, config: ModelConfig, place: torch.device) -> None:
-        self._table = RotaryTable(config)
-        self._place = place
-        self.cos = torch.empty((0, config.head_dim // 2), device=place)
-        self.sin = self.cos
-
-    def reach(self, position: int) -> None:
-        """See to it that `cos` and `sin`, fp32 [positions, D / 2], hold `position`."""
-        if len(self.cos) <= position:
-            cos, sin = self._table.upto(max(position, 2 * len(self.cos)))
-            self.cos, self.sin = (torch.tensor(x, device=self._place) for x in (cos, sin))
-
-
 class PagedKV:
-    """A `KV` whose layers are [num_blocks + 1, 2 * num_kv_heads, page, D]: the key heads, then the value heads.
+    """A `KV` whose layers are [num_blocks + NUM_SPARE, 2 * num_kv_heads, page, D]: the key heads, then the value heads.
 
     The last block is nobody's: rows that only fill up a graph write there, and what pads a block table reads there.
     """
@@ -65,7 +50,7 @@ class PagedKV:
         self.place = place
         self.rotation = Rotary(config, place)
         self._bytes = bytes_per_block(config, page, dtype)
-        shape = (num_blocks + 1, 2 * config.num_kv_heads, page, config.head_dim)
+        shape = (num_blocks + NUM_SPARE, 2 * config.num_kv_heads, page, config.head_dim)
         self.layers = [
             torch.zeros(shape, dtype=dtype, device=place) for _ in range(config.num_layers)
         ]
@@ -258,13 +243,19 @@ def attend_gathered(
     window: int | None,
 ) -> torch.Tensor:
     """Causal attention of M rows of each of B sequences: queries [B, M, H, D] at positions [B, M], over the pages
-    tables [B, P] of layer [blocks, 2 * KH, page, D] -> [B, M, H * D]'s heads, [B, M, H, D]."""
+    tables [B, P] of layer [blocks, 2 * KH, page, D] -> [B, M, H * D]'s heads, [B, M, H, D].
+
+    What lies beyond a sequence's last row is not its own and may be no number, which a weight of zero would not hide.
+    """
     pages = layer[tables]  # [B, P, 2 * KH, page, D]
+    cells = torch.arange(tables.shape[1] * pages.shape[3], device=layer.device)  # [P * page]
+    beyond = (cells > positions[:, -1:]).view(*tables.shape, 1, -1, 1)
+    pages.masked_fill_(beyond, 0)
     keys, values = pages.transpose(1, 2).flatten(2, 3).chunk(2, dim=1)  # [B, KH, P * page, D]
-    key_at, query_at = torch.arange(keys.shape[2], device=layer.device), positions.unsqueeze(-1)
-    seen = key_at <= query_at  # [B, M, P * page]
+    query_at = positions.unsqueeze(-1)
+    seen = cells <= query_at  # [B, M, P * page]
     if window is not None:
-        seen &= key_at > query_at - window
+        seen &= cells > query_at - window
     attended = functional.scaled_dot_product_attention(
         queries.transpose(1, 2).to(layer.dtype),
         keys,
@@ -280,25 +271,6 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
-
-
-def pages_of(span: Span, page: int) -> int:
-    """Pages that hold a span's rows and all before them."""
-    return -(-(span.start + span.length) // page)
-
-
-def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> torch.Tensor:
-    """Memory of the host that the device reads and writes by itself. torch keeps what is let go of for the next call,
-    and not before the copies that use it are done."""
-    return torch.empty(shape, dtype=dtype, pin_memory=place.type == "cuda")
-
-
-def upload(array: npt.NDArray[Any], place: torch.device) -> torch.Tensor:
-    """A copy on the device, which may still be under way; what is computed afterwards comes after it."""
-    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    host = host_tensor(array.shape, dtype, place)
-    host.numpy()[...] = array
-    return host.to(place, non_blocking=True)
 
 
 def wait(place: torch.device) -> None:

@@ -23,7 +23,8 @@ import triton.language as tl
 
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Span
-from services.worker.flowserve.device.paged import PagedKV, PagedPlan, upload
+from services.worker.flowserve.device.accelerator import upload
+from services.worker.flowserve.device.paged import PagedKV, PagedPlan
 
 _NO_WINDOW: Final = 1 << 30
 _MIN_ROWS: Final = 16  # of a product on tensor cores

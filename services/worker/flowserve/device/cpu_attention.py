@@ -24,7 +24,7 @@ import torch
 
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Span
-from services.worker.flowserve.kv import KVCache
+from services.worker.flowserve.device.cpu_kv import KVCache
 
 KV_TILE = 64
 QUERY_TILE = 32  # positions of a prompt that share one read of the keys
