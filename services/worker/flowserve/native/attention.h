@@ -126,8 +126,8 @@ APART void attend_tile(const Term* const* q, const int64_t* positions, int64_t w
     const Floats fade = exp2(all(top - next));
     top = next;
     for (int b = 0; b < TILE / LANES; ++b) {
-      x[b] = exp2(x[b] - all(next));
-      store_terms(p[r] + b * LANES, x[b]);
+      store_terms(p[r] + b * LANES, exp2(x[b] - all(next)));
+      x[b] = load_terms(p[r] + b * LANES);  // the sum is of what the values are multiplied by
     }
     float* sums = running[r].sums();
     store(sums, load(sums) * fade + ((x[0] + x[1]) + (x[2] + x[3])));

@@ -65,6 +65,7 @@ INLINE Floats second(Pairs a) {
 #ifdef __AVX512BF16__
 using Term = uint16_t;
 INLINE void store_terms(Term* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+INLINE Floats load_terms(const Term* p) { return load_bf16(p); }
 struct Two { __m512i v; };
 INLINE Two both(const Term* p) {
   int32_t two;
@@ -180,6 +181,7 @@ INLINE void store_terms(Term* p, Floats a) {
   store_bf16(rounded, a + all(0.0f));  // a small number becomes zero before it is rounded
   store(p, load_bf16(rounded));
 }
+INLINE Floats load_terms(const Term* p) { return load(p); }
 struct Two { Floats even, odd; };
 INLINE Two both(const Term* p) { return {all(p[0]), all(p[1])}; }
 INLINE Floats dot(Two x, Pairs y, Floats acc) { return fma(first(y), x.even, fma(second(y), x.odd, acc)); }
