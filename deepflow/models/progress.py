@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -57,11 +59,10 @@ def watching(
 
 
 def _tree_bytes(folder: Path, pattern: str) -> int:
+    """Files and folders that are moved away meanwhile do not count: that is what downloaders do."""
     total = 0
-    for path in folder.rglob(pattern):
-        try:
-            if path.is_file():
-                total += path.stat().st_size
-        except OSError:  # moved away meanwhile: that is what downloaders do
-            continue
+    for root, _, names in os.walk(folder):  # passes over a folder that is gone, as glob does not
+        for name in fnmatch.filter(names, pattern):
+            with suppress(OSError):
+                total += os.stat(os.path.join(root, name)).st_size
     return total
