@@ -37,6 +37,8 @@ try:
         print(answer.status, answer.read().decode())
 except urllib.error.HTTPError as error:
     print(error.code, error.read().decode())
+except urllib.error.URLError as error:  # nobody listens yet
+    print(0, "{}")
 """
 
 
