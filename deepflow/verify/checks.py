@@ -18,7 +18,7 @@ import numpy as np
 from deepflow.bench.child import conversation
 from deepflow.verify.compare import compare
 from deepflow.verify.replay import Blocks, Trace, choose, replay, step
-from services.worker.flowserve.backend import load_decoder
+from services.worker.flowserve.backend import Backend, load_decoder
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Decoder, Floats
 from services.worker.flowserve.device.pick import PAGES, open_device
@@ -63,6 +63,8 @@ def devices(device: str) -> Answer:
     """How many there are, their names and their memory."""
     import torch
 
+    from services.worker.flowserve.device.device import as_graph_device
+
     first = open_device(device)
     num = 1 if device == "cpu" else int(getattr(torch, device).device_count())
     found = []
@@ -72,7 +74,7 @@ def devices(device: str) -> Answer:
         found.append(
             {"name": one.description, "free_bytes": memory.free, "total_bytes": memory.total}
         )
-    return {"devices": found, "num_devices": num, "has_graphs": first.has_graphs}
+    return {"devices": found, "num_devices": num, "has_graphs": as_graph_device(first) is not None}
 
 
 def parity(
@@ -184,9 +186,8 @@ def _loaded(
 ) -> Iterator[Decoder]:
     """The decoder that would serve, and the end of its executors."""
     try:
-        decoder = load_decoder(
-            Path(folder), dtype=dtype, device=device, cache_dir=Path(cache_dir), tp=tp, pp=pp
-        )
+        backend = Backend.of(Path(folder), dtype=dtype, device=device, tp=tp, pp=pp)
+        decoder = backend.load(Path(folder), cache_dir=Path(cache_dir))
     except ModelError as error:
         raise Refused(error.message) from error
     try:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from services.worker.flowserve.backend import Backend, load_decoder
+from services.worker.flowserve.backend import Backend
 from services.worker.flowserve.config import ModelConfig, ModelError
 from services.worker.flowserve.decoder import Decoder, Floats, Span, StepInput
 from services.worker.flowserve.spmd.crew import Loss
@@ -77,17 +77,16 @@ def spread() -> Iterator[Spread]:
     assert not children()
 
 
-def load(folder: Path, dtype: str = "fp32", **fields: Any) -> Decoder:
-    """A model in torch on the CPU."""
-    return load_decoder(
-        folder,
-        device="cpu",
-        dtype=dtype,
-        kernels="torch",
-        threads=1,
-        cache_dir=folder.parent / "cache",
-        **fields,
-    )
+def load(
+    folder: Path,
+    dtype: str = "fp32",
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    on_loss: Callable[[Loss], None] | None = None,
+) -> Decoder:
+    backend = Backend.of(folder, device="cpu", dtype=dtype, kernels="torch", tp=tp, pp=pp)
+    return backend.load(folder, threads=1, cache_dir=folder.parent / "cache", on_loss=on_loss)
 
 
 def children(pid: int | None = None) -> list[psutil.Process]:
@@ -231,10 +230,10 @@ def test_a_model_that_cannot_be_cut_starts_nothing(
 ALONE = """
 import os, sys, time
 from pathlib import Path
-from services.worker.flowserve.backend import load_decoder
+from services.worker.flowserve.backend import Backend
 folder = Path(sys.argv[1])
-decoder = load_decoder(folder, device="cpu", dtype="fp32", kernels="torch", threads=1, tp=2,
-                       cache_dir=folder.parent / "cache")
+backend = Backend.of(folder, device="cpu", dtype="fp32", tp=2)
+decoder = backend.load(folder, threads=1, cache_dir=folder.parent / "cache")
 decoder.allocate(4, 16)
 print("ready", flush=True)
 time.sleep(60)

@@ -83,6 +83,22 @@ class Backend:
             why="; ".join(reasons),
         )
 
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "w8a8",
+        kernels: str | None = None,
+        tp: int = 1,
+        pp: int = 1,
+    ) -> Backend:
+        """As `pick`, for the model in `folder`; `kernels`, where None, are what `DEEPFLOW_KERNELS` says."""
+        kernels = kernels or read_kernels(Reader(os.environ))
+        config = ModelConfig.from_folder(folder)
+        return cls.pick(config, device=device, dtype=dtype, kernels=kernels, tp=tp, pp=pp)
+
     @property
     def page(self) -> int:
         """Tokens of a KV block, and of a page that is hashed."""
@@ -113,15 +129,19 @@ class Backend:
         self,
         folder: Path,
         *,
-        threads: int,
-        cache_dir: Path,
+        threads: int | None = None,
+        cache_dir: Path | None = None,
         on_loss: Callable[[Loss], None] | None = None,
     ) -> Decoder:
-        """The decoder for the model in `folder`; prepared weights are kept below `cache_dir`. Of several executors each
-        has `threads`, and `on_loss` is `SpmdDecoder.start`'s. Raises ModelError naming what is wrong with the model or
-        missing for the device."""
+        """The decoder for the model in `folder`; prepared weights are kept below `cache_dir`, by default what
+        `DEEPFLOW_CACHE` says. Of several executors each has `threads`, by default this machine's share
+        (`default_threads`), and `on_loss` is `SpmdDecoder.start`'s. Raises ModelError naming what is wrong with the
+        model or missing for the device."""
+        native = self.kernels == "native"
+        threads = threads or default_threads(num_cores(), self.tp * self.pp, native=native)
+        cache_dir = cache_dir or Settings.read(Reader(os.environ))["cache_dir"]
         decoder: Decoder
-        if self.kernels == "native":
+        if native:
             decoder = native_decoder.NativeDecoder(
                 open_prepared(folder, cache_dir), threads=threads
             )
@@ -172,32 +192,10 @@ def load_decoder(
     threads: int | None = None,
     cache_dir: Path | None = None,
     kernels: str | None = None,
-    tp: int = 1,
-    pp: int = 1,
-    on_loss: Callable[[Loss], None] | None = None,
 ) -> Decoder:
-    """The decoder for the model in `folder`, as `Backend.pick` and `Backend.load` find it.
-
-    `kernels` and `cache_dir`, where None, are what `DEEPFLOW_KERNELS` and `DEEPFLOW_CACHE` say, `threads` this
-    machine's share (`default_threads`). Raises ModelError.
-    """
-    reader = Reader(os.environ)
-    backend = Backend.pick(
-        ModelConfig.from_folder(folder),
-        device=device,
-        dtype=dtype,
-        kernels=kernels or read_kernels(reader),
-        tp=tp,
-        pp=pp,
-    )
-    native = backend.kernels == "native"
-    threads = threads or default_threads(num_cores(), tp * pp, native=native)
-    return backend.load(
-        folder,
-        threads=threads,
-        cache_dir=cache_dir or Settings.read(reader)["cache_dir"],
-        on_loss=on_loss,
-    )
+    """The decoder for the model in `folder`, as `Backend.of` and `Backend.load` find it. Raises ModelError."""
+    backend = Backend.of(folder, device=device, dtype=dtype, kernels=kernels)
+    return backend.load(folder, threads=threads, cache_dir=cache_dir)
 
 
 def _why_not_native(config: ModelConfig, device: str, dtype: str, num_ranks: int) -> str | None:

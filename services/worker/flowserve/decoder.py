@@ -64,7 +64,8 @@ class Decoder(Protocol):
 
     def forward(self, step: StepInput) -> Floats:
         """Compute the rows of `step`, store their keys and values, and return logits [len(step.sample_rows), vocab],
-        which stay valid until the next call. In `w8a8` a row's logits depend on its own sequence only, bit for bit."""
+        which stay valid until the next call. On the CPU, in `w8a8`, a row's logits depend on its own sequence only,
+        bit for bit."""
         ...
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from services.worker.flowserve.blocks import BlockPool
 from services.worker.flowserve.decoder import Decoder, Span, StepInput, as_pipeline
-from services.worker.flowserve.device.pick import PAGES, pick
 from services.worker.flowserve.life import Requests
 from services.worker.flowserve.outcome import ClientDelta, EngineLoad, StepOutput
 from services.worker.flowserve.pace import Pace
@@ -144,20 +143,11 @@ class Engine:
 
         Raises ModelError for what is wrong with the model, InvalidRequest if the room is less than one block.
         """
-        from services.worker.flowserve.backend import load_decoder  # what it loads is its choice
+        from services.worker.flowserve.backend import Backend  # what it loads is its choice
 
-        decoder = load_decoder(
-            folder,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            cache_dir=cache_dir,
-            kernels=kernels,
-            tp=tp,
-            pp=pp,
-            on_loss=on_loss,
-        )
-        page = PAGES[pick(device).name]
+        backend = Backend.of(folder, device=device, dtype=dtype, kernels=kernels, tp=tp, pp=pp)
+        decoder = backend.load(folder, threads=threads, cache_dir=cache_dir, on_loss=on_loss)
+        page = backend.page
         num_blocks = kv_bytes // decoder.bytes_per_block(page)
         if kv_tokens:
             num_blocks = -(-kv_tokens // page)

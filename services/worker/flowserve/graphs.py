@@ -17,11 +17,11 @@ import torch
 
 from services.worker.flowserve.decoder import StepInput
 from services.worker.flowserve.device.device import (
-    KV,
     MAX_GRAPH_ROWS,
     DecodePlan,
-    Device,
     Graph,
+    GraphDevice,
+    GraphKV,
     Plan,
 )
 from shared import log
@@ -54,8 +54,8 @@ class Graphs:
 
     def __init__(
         self,
-        device: Device,
-        kv: KV,
+        device: GraphDevice,
+        kv: GraphKV,
         compute: Compute,
         *,
         context: int,

@@ -19,7 +19,7 @@ import torch
 from services.worker.flowserve.checkpoint import Checkpoint
 from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import Floats, StepInput
-from services.worker.flowserve.device.device import KV, Device, Plan
+from services.worker.flowserve.device.device import KV, Device, Plan, as_graph_device
 from services.worker.flowserve.graphs import Graphs
 from services.worker.flowserve.prepared import open_prepared
 from services.worker.flowserve.rank import Rank
@@ -54,9 +54,8 @@ class TorchDecoder:
         self._collective = collective or Alone()
         self._own = self._rank.part(config)
         self._kv: KV | None = None
-        self._has_graphs = (
-            graphs and device.has_graphs and self._collective.in_graphs and self._rank.pp_size == 1
-        )
+        may_record = graphs and self._collective.in_graphs and self._rank.pp_size == 1
+        self._recorder = as_graph_device(device) if may_record else None
         self._graphs: Graphs | None = None
 
     @classmethod
@@ -97,7 +96,7 @@ class TorchDecoder:
     @property
     def description(self) -> str:
         """What computes, in a few words."""
-        graphs = ", graphs" if self._has_graphs else ""
+        graphs = ", graphs" if self._recorder is not None else ""
         return f"{self._device.description}, {self._dtype}{graphs}"
 
     @property
@@ -123,17 +122,20 @@ class TorchDecoder:
     def allocate(self, num_blocks: int, page: int) -> None:
         """Makes the KV cache."""
         self._graphs = None  # they hold the former cache
-        self._kv = self._device.allocate_kv(self._own, num_blocks, page, self._dtype)
-        if self._has_graphs:
-            self._graphs = Graphs(
-                self._device,
-                self._kv,
-                self._decode,
-                context=self.config.context,
-                vocab=self.config.vocab,
-                dtype=self._device.activations(self._dtype),
-                may_fail=self._rank.size == 1,
-            )
+        sizes = (self._own, num_blocks, page, self._dtype)
+        if self._recorder is None:
+            self._kv = self._device.allocate_kv(*sizes)
+            return
+        self._kv = kv = self._recorder.allocate_kv(*sizes)
+        self._graphs = Graphs(
+            self._recorder,
+            kv,
+            self._decode,
+            context=self.config.context,
+            vocab=self.config.vocab,
+            dtype=self._device.activations(self._dtype),
+            may_fail=self._rank.size == 1,
+        )
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Floats:

@@ -9,7 +9,7 @@ must not know layers or weights' names.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,8 @@ from services.worker.flowserve.device.cpu_attention import AttentionPlan, BlockS
 from services.worker.flowserve.device.cpu_kv import KVCache, bytes_per_block
 from services.worker.flowserve.device.cpu_linear import FloatLinear, SparseLinears
 from services.worker.flowserve.device.device import (
-    DecodePlan,
     Embedding,
     Experts,
-    Graph,
     Linear,
     Memory,
     Rows,
@@ -75,10 +73,6 @@ class CpuKV(KVCache):
         """See `KV`."""
         return CpuPlan(self._config, spans, self, self._sizes, self._rotary)
 
-    def decode_plan(self, num_rows: int, num_pages: int) -> DecodePlan:
-        """There are no graphs here."""
-        raise NotImplementedError
-
     def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.uint8]:
         """See `KV`: [layer][key heads, value heads][page][D] of each block."""
         index = torch.tensor(blocks)
@@ -102,7 +96,6 @@ class CpuDevice:
     place = torch.device("cpu")
     page = 16
     collective = "gloo"
-    has_graphs = False
     reads_prepared = True
 
     @property
@@ -183,10 +176,6 @@ class CpuDevice:
     def allocate_kv(self, config: ModelConfig, num_blocks: int, page: int, dtype: str) -> CpuKV:
         """See `Device`; keys and values are fp32 in fp32, else bfloat16."""
         return CpuKV(config, num_blocks, page, _kv_dtype(dtype))
-
-    def capture(self, compute: Callable[[], torch.Tensor], plan: DecodePlan) -> Graph:
-        """There are no graphs here."""
-        raise NotImplementedError
 
 
 def _kv_dtype(dtype: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -96,17 +96,20 @@ class KV(Protocol):
         """The plan of one step: decode rows and prompt chunks of any mix of sequences."""
         ...
 
-    def decode_plan(self, num_rows: int, num_pages: int) -> DecodePlan:
-        """A plan that may be filled anew, for `num_rows` rows of up to `num_pages` pages each; only where the device
-        has graphs."""
-        ...
-
     def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.uint8]:
         """The blocks' bytes over all layers on the host, [blocks, bytes per block], in the device's own layout."""
         ...
 
     def write_blocks(self, blocks: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
         """The other way: what `read_blocks` gave, on a device of the same kind, of the same model and page."""
+        ...
+
+
+class GraphKV(KV, Protocol):
+    """A cache whose plans may stay where a graph finds them."""
+
+    def decode_plan(self, num_rows: int, num_pages: int) -> DecodePlan:
+        """A plan that may be filled anew, for `num_rows` rows of up to `num_pages` pages each."""
         ...
 
 
@@ -122,16 +125,14 @@ class Device(Protocol):
     """One accelerator, or the CPU. All calls belong to one thread at a time.
 
     `name` is cpu, cuda or npu; `page` the tokens of a KV block it likes best; `collective` the backend of
-    torch.distributed between devices of its kind; `has_graphs`: `KV.decode_plan` and `capture` are
-    there; `reads_prepared`: its W8A8 is the one of `prepared.py`, in groups, and made by `torch_weights.from_prepared`,
-    else `linear` quantises weights by output and activations by row.
+    torch.distributed between devices of its kind; `reads_prepared`: its W8A8 is that of `prepared.py`, in groups, and
+    made by `torch_weights.from_prepared`, else `linear` quantises weights by output and activations by row.
     """
 
     name: str
     place: torch.device
     page: int
     collective: str
-    has_graphs: bool
     reads_prepared: bool
 
     @property
@@ -215,8 +216,22 @@ class Device(Protocol):
         the device's attention cannot read, InvalidRequest where there is no memory for it."""
         ...
 
-    # ----------------------------------------------------------------------------------------------------- graphs
+
+@runtime_checkable
+class GraphDevice(Device, Protocol):
+    """A device that records steps, if it `has_graphs`."""
+
+    has_graphs: bool
+
+    def allocate_kv(self, config: ModelConfig, num_blocks: int, page: int, dtype: str) -> GraphKV:
+        """See `Device`."""
+        ...
 
     def capture(self, compute: Callable[[], torch.Tensor], plan: DecodePlan) -> Graph:
         """Record `compute`, which reads `plan` and tensors that stay where they are."""
         ...
+
+
+def as_graph_device(device: Device) -> GraphDevice | None:
+    """The device, if it records steps."""
+    return device if isinstance(device, GraphDevice) and device.has_graphs else None

@@ -62,11 +62,11 @@ class Alone:
 
     def send(self, x: torch.Tensor) -> None:
         """There is no next stage."""
-        raise NotImplementedError
+        raise AssertionError("the only stage is the last one")
 
     def recv(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """There is no stage before."""
-        raise NotImplementedError
+        raise AssertionError("the only stage is the first one")
 
 
 class Distributed:
