@@ -21,11 +21,15 @@ async def test_the_ledger_balances(stack: Stack) -> None:
 
 
 async def test_requests_leave_no_file_or_task_behind(stack: Stack) -> None:
-    """Forty more requests change neither the number of open files nor of threads of any process."""
+    """Forty more requests change neither the number of open files of any process nor of threads of any of ours."""
     requests = [body(MODEL, f"File number {i}", 3) for i in range(20)]
 
+    def threads(process: psutil.Process) -> int:
+        # Go's runtime gives nats-server threads as it pleases, one more now and then.
+        return 0 if process.name() == "nats-server" else process.num_threads()
+
     def counts() -> dict[int, tuple[int, int]]:
-        return {p.pid: (p.num_fds(), p.num_threads()) for p in stack.processes()}
+        return {p.pid: (p.num_fds(), threads(p)) for p in stack.processes()}
 
     await stream_all(stack.url, requests)
     await asyncio.sleep(1.0)
