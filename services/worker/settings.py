@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
-DTYPES = ("w8a8", "fp32", "bf16")
+DTYPES = ("auto", "w8a8", "fp32", "bf16")
 KERNELS = ("auto", "native", "torch")
 _KV_BYTES = 1 << 30
 
@@ -30,7 +30,7 @@ class WorkerSettings(Settings):
     device: str  # auto: the best there is
     tp: int  # executors that share each layer of a model
     pp: int  # stages of layers, each of `tp` executors
-    dtype: str
+    dtype: str  # auto: what the device computes best at a quality within the bars
     kernels: str  # what computes w8a8; auto: native where this processor and installation have it
     kv_bytes: int  # per TE; counts only where `kv_tokens` is 0
     kv_tokens: int  # per TE
@@ -53,12 +53,12 @@ class WorkerSettings(Settings):
         num_tes = reader.integer("DEEPFLOW_WORKERS", 1, 1, 1024)
         threads = reader.integer("DEEPFLOW_THREADS", 0, 0, 1024)
         max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
-        dtype = reader.choice("DEEPFLOW_DTYPE", "w8a8", DTYPES)
+        dtype = reader.choice("DEEPFLOW_DTYPE", "auto", DTYPES)
         kernels = read_kernels(reader)
         read_graphs(reader)  # a bad value is told before a TE is started
         tp = reader.integer("DEEPFLOW_TP", 1, 1, 64)
         pp = reader.integer("DEEPFLOW_PP", 1, 1, 64)
-        native = dtype == "w8a8" and kernels != "torch" and tp * pp == 1
+        native = dtype in ("auto", "w8a8") and kernels != "torch" and tp * pp == 1
         return Settings.read(reader) | {
             "models": models,
             "num_tes": num_tes,

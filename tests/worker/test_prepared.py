@@ -265,6 +265,8 @@ def test_the_choice_of_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     why_not = native_decoder.available()
     best = "native" if why_not is None else "torch"
     assert pick().kernels == best
+    assert pick().dtype == "w8a8"
+    assert Backend.pick(config, device="npu").dtype == "bf16"
     assert pick(kernels="torch").kernels == "torch"
     assert pick(dtype="fp32").kernels == "torch"
     assert pick(tp=2).kernels == "torch"

@@ -303,7 +303,7 @@ def test_the_recipe_covers_weights_arithmetic_and_page(tmp_path: Path) -> None:
     assert len(others | {entry.recipe_digest}) == 5
 
 
-@pytest.mark.parametrize("dtype", ["w8a8", "fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["auto", "w8a8", "fp32", "bf16"])
 @pytest.mark.parametrize("room", [{"KV_TOKENS": "1000"}, {"KV_BYTES": str(1 << 20)}, {}])
 def test_the_catalogue_tells_the_context_that_the_engine_has(
     tmp_path: Path, dtype: str, room: dict[str, str]

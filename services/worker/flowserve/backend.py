@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from services.worker.flowserve import native_decoder
 from services.worker.flowserve.config import ModelConfig, ModelError
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from services.worker.flowserve.spmd.crew import Loss
 
 
+# By measure: W8A8 in groups (CPU) puts fp32's likeliest token first 97 times in 100, by output and row (accelerators)
+# 94 times, which misses the bar of 95.
+DEFAULT_DTYPES: Final = {"cpu": "w8a8", "cuda": "bf16", "npu": "bf16"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """`device` is cpu, cuda or npu, `kernels` native or torch, `dtype` w8a8, fp32 or bf16; `tp` slices of `pp` stages.
@@ -53,18 +58,20 @@ class Backend:
         config: ModelConfig,
         *,
         device: str = "auto",
-        dtype: str = "w8a8",
+        dtype: str = "auto",
         kernels: str = "auto",
         tp: int = 1,
         pp: int = 1,
     ) -> Backend:
-        """Raises ModelError for an unknown device, dtype or kernels, for native ones that cannot be had, and where the
-        model cannot be cut into `tp` times `pp` parts."""
+        """`auto` stands for what is best here. Raises ModelError for an unknown device, dtype or kernels, for native
+        ones that cannot be had, and where the model cannot be cut into `tp` times `pp` parts."""
         if dtype not in DTYPES:
             raise ModelError(f"unknown dtype {dtype!r}; served are {', '.join(DTYPES)}")
         if kernels not in KERNELS:
             raise ModelError(f"unknown kernels {kernels!r}; there are {', '.join(KERNELS)}")
         picked = pick.pick(device)
+        if dtype == "auto":
+            dtype = DEFAULT_DTYPES[picked.name]
         Rank(tp_size=tp, pp_size=pp).part(config)
         why_not = _why_not_native(config, picked.name, dtype, tp * pp)
         if kernels == "native" and why_not is not None:
@@ -89,7 +96,7 @@ class Backend:
         folder: Path,
         *,
         device: str = "auto",
-        dtype: str = "w8a8",
+        dtype: str = "auto",
         kernels: str | None = None,
         tp: int = 1,
         pp: int = 1,
@@ -187,7 +194,7 @@ class Backend:
 def load_decoder(
     folder: Path,
     *,
-    dtype: str = "w8a8",
+    dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
     cache_dir: Path | None = None,

@@ -123,7 +123,7 @@ class Engine:
         cls,
         folder: Path,
         *,
-        dtype: str = "w8a8",
+        dtype: str = "auto",
         kv_tokens: int | None = None,
         kv_bytes: int = 1 << 30,
         device: str = "auto",

@@ -76,7 +76,7 @@ class FlowServe:
         device: str = "auto",
         tp: int = 1,
         pp: int = 1,
-        dtype: str = "w8a8",
+        dtype: str = "auto",
         kv_tokens: int | None = None,
         kv_bytes: int = 1 << 30,
         max_num_seqs: int = 64,
