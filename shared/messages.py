@@ -61,12 +61,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probability (natural log) of one sampled token and of the likeliest alternatives, best first."""
+
+    logprob: float
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Explicit context caching: the pages of this request's prompt are kept under a name, and not evicted before."""
+
+    id: str
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt to be continued. Sent by a gateway; sent again with the next `attempt` after a loss.
 
     `root` is the hash every page chain of this tenant and model starts from, `hashes` the chained hashes of the
     prompt's full pages (blockhash.py). `output` holds, per choice, the tokens the client already has; `ended` the
-    choices that are over: their tokens are not generated again.
+    choices that are over: their tokens are not generated again. `hashes` may begin with pages of a prefix that the
+    operator shares with all tenants: what comes after them is chained with the tenant's own secret.
     """
 
     request: str
@@ -80,19 +98,41 @@ class Request:
     sampling: Sampling
     deadline_ms: int
     park_ms: int
-    kind: str = "chat"  # chat | completion: selects the job kind
+    kind: str = "chat"  # chat | completion | cache: selects the job kind
     output: list[list[int]] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
     avoid: list[str] = field(default_factory=list)
+    keep: Keep | None = None
+    # Position-independent caching: ranges [start, stop) of prompt tokens that may be taken from elsewhere (EPIC).
+    chunks: list[list[int]] = field(default_factory=list)
 
 
 class TaskKind(StrEnum):
     """What a task asks of a TE. A serving TE refuses a kind it does not run."""
 
     GENERATE = "generate"  # prefill and decode in one place
-    PREFILL = "prefill"
-    DECODE = "decode"
+    PREFILL = (
+        "prefill"  # up to the first token; what was computed is then held for the TE that decodes
+    )
+    DECODE = "decode"  # from the first token on, with what a prefill computed
     TRAIN = "train"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handover:
+    """What a decode task is told of the prefill before it: who holds the pages, and the token that came of it.
+
+    `ids` and `logprobs` are the tokens that the client got from the prefill (once more among `Request.output`), so
+    that they can be replayed. `lease` is "" once the pages are not held any more: what is left of them is found like
+    anything cached.
+    """
+
+    te: str
+    lease: str
+    num_pages: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +144,17 @@ class Task:
     je: str
     kind: TaskKind
     request: Request
+    handover: Handover | None = None  # of a decode task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """`events.<je>`: a prefill task is done and its choice goes on; the JE gives it to a TE that decodes."""
+
+    task: str
+    request: str
+    attempt: int
+    handover: Handover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,15 +189,6 @@ class TaskEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprobs:
-    """Log-probability (natural log) of one sampled token and of the likeliest alternatives, best first."""
-
-    logprob: float
-    top_ids: list[int] = field(default_factory=list)
-    top_logprobs: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """The next tokens of one choice; `index` is the position of the first of `ids` in the choice's output.
 
@@ -165,6 +207,7 @@ class Delta:
     finish: str | None = None
     stop_id: int | None = None
     failure: Failure | None = None
+    moves: bool = False  # the last one from here: another TE, which the JE names, goes on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,12 +221,12 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """`tokens.<client>`: a JE tells what is happening to a request that has no tokens yet."""
+    """`tokens.<client>`: a JE tells what is happening to a request that no TE decodes yet."""
 
     source: str
     request: str
     attempt: int
-    state: str  # parked | dispatched
+    state: str  # parked | dispatched | moved (to `te`, which decodes what another TE prefilled)
     te: str | None = None
     waited_ms: int = 0
 
@@ -240,6 +283,10 @@ class TeBeat:
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
+    blocks_leased: int = 0
+    blocks_reserved: int = 0  # that what it has taken on will need beyond those it has
+    role: str = "colocated"  # or prefill, decode: a TE group is one role of one model
+    host: str = ""  # of its arena; "" without one
     counters: dict[str, float] = field(default_factory=dict)
 
 
@@ -253,16 +300,17 @@ class Down:
 
 
 # ----------------------------------------------------------------------------------------------------- the KV cache
+# Who holds what. A holder is a TE (tier device) or a cache service (tiers host and ssd, its host's arena).
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvents:
-    """`blocks.<model>.<te>`: what changed in a TE's index in one step; apply `removed` before `stored`.
+    """`blocks.<model>.<te>`, `arena.<model>.<cache>`: what changed in a holder's index of a model; apply `removed` before `stored`.
 
-    `seq` grows by one per message from 1; a jump means a lost message: ask for a dump.
+    `seq` grows by one per message of this holder and model from 1; a jump means a lost message: ask for a dump.
     """
 
-    te: str
+    te: str  # the holder
     model: str
     seq: int
     stored: list[bytes] = field(default_factory=list)
@@ -272,20 +320,22 @@ class BlockEvents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlocksQuery:
-    """`blocks.dump.<te>`: send the whole index."""
+    """`dump.<holder>`: send the whole index of a model (a TE has but one)."""
 
     by: str
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlocksDump:
-    """The whole index as of event `seq`: the next event to apply is `seq + 1`."""
+    """The whole index as of event `seq`: the next event to apply is `seq + 1`. `ssd`: what is in that tier only."""
 
     te: str
     model: str
     seq: int
     hashes: list[bytes]
     tier: str = "device"
+    ssd: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,11 +348,12 @@ class Match:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """A TE that holds the first `num_pages` pages, all of them in `tier` or faster."""
+    """A TE or cache service that holds the first `num_pages` pages, all of them in `tier` or faster."""
 
-    te: str
+    te: str  # the holder
     num_pages: int
     tier: str
+    host: str = ""  # of a cache service: its arena's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,6 +361,170 @@ class Matched:
     """Holders, longest match first; empty when nobody holds the first page."""
 
     holders: list[Holder]
+
+
+# The host's arena (`shared/arena`): TE <-> the cache service of its host.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One slot of the arena as of a generation: once it is given to another page, the generation is another."""
+
+    segment: str
+    index: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """`rtc.copy.<host>`: a TE has these pages on its device, wants to write them to the arena, and asks for slots.
+
+    `recipe` is the model's recipe digest, `slot_bytes` the size of a page over all layers. `held`: segments that it
+    writes to. `keep`: the pages belong to an explicit context cache and are not evicted before it ends.
+    """
+
+    te: str
+    model: str
+    recipe: str
+    slot_bytes: int
+    hashes: list[bytes]
+    held: list[str] = field(default_factory=list)
+    keep: Keep | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """A slot for each page, in order: None where the arena has the page already, or has no room (`num_refused`).
+
+    `granted` are names of segments that are now the TE's to write to: it locks them before it writes. `wanted` are
+    segments of its own that it should give back.
+    """
+
+    slots: list[Slot | None]
+    granted: list[str] = field(default_factory=list)
+    wanted: list[str] = field(default_factory=list)
+    num_refused: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """`rtc.commit.<host>`, published: these slots are written (the slots' own headers say so, and with what), these
+    reserved ones will not be, and these segments are given back."""
+
+    te: str
+    written: list[Slot] = field(default_factory=list)
+    dropped: list[Slot] = field(default_factory=list)
+    returned: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Populate:
+    """`rtc.populate.<host>`: a TE lacks these consecutive pages of a chain. Where can it read them?
+
+    `page_us` is what computing one of them takes there, as measured; `load_us` what bringing one from the arena to
+    its device takes. What would take longer than computing is not fetched. `wait_ms`: how long to wait for the answer
+    to be complete before it gets a ticket.
+    """
+
+    te: str
+    model: str
+    recipe: str
+    slot_bytes: int
+    hashes: list[bytes]
+    page_us: int
+    load_us: int
+    wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryPopulate:
+    """`rtc.query.<host>`: how is this ticket getting on? Answered once it is done, after `wait_ms` at the latest."""
+
+    ticket: str
+    wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Populated:
+    """The answer to `Populate` and `QueryPopulate`: the first pages are in these slots of the arena.
+
+    `ticket`: more are on their way; "" if not. `peer`: a TE that has them on its device, up to `peer_pages` of them,
+    which are best had from there directly. `why`: the decision, for whoever asks later.
+    """
+
+    slots: list[Slot] = field(default_factory=list)
+    ticket: str = ""
+    peer: str = ""
+    peer_pages: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Free:
+    """`rtc.free`, published to every cache service and TE: an explicit context cache has ended."""
+
+    keep: str
+
+
+# Between hosts: DistFlow (`shared/distflow`).
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRequest:
+    """`link.<instance>`: somebody of the same realm wants to read what this instance registers."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOffer:
+    """Where to connect, and with which token: it opens one link, soon."""
+
+    to: str
+    token: bytes
+    addresses: list[str]  # backend:address, the fastest first
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRequest:
+    """`link.<holder>`: hold the longest prefix of these pages that you have until I have read it.
+
+    `lease` names one that exists already (a hand-over's); then `hashes` may be empty.
+    """
+
+    by: str
+    model: str
+    recipe: str
+    hashes: list[bytes] = field(default_factory=list)
+    lease: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    """Page i is at `offsets[i]` of the region, `page_bytes` long. Valid for `ttl_ms`, and provably so: `LeaseRelease`
+    tells whether it was until then."""
+
+    lease: str
+    region: int
+    generation: int
+    page_bytes: int
+    offsets: list[int]
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRelease:
+    """`link.<holder>`: what was leased has been read, or is not wanted any more."""
+
+    lease: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReleased:
+    """`valid`: the pages were held until now, so what was read of them is what was leased."""
+
+    valid: bool
 
 
 # --------------------------------------------------------------------------------------------------- introspection
@@ -367,6 +582,7 @@ class Registration:
     address: str = ""
     model: str = ""
     pod: str = ""
+    role: str = ""  # of a TE: colocated | prefill | decode
     page: int = 0
     recipe_digest: str = ""
 
@@ -377,3 +593,24 @@ class TenantSecret:
 
     tenant: str
     secret: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextCache:
+    """Bucket `caches`, key = id: an explicit context cache of a tenant, which requests continue from.
+
+    Exactly one of `messages` (JSON) and `text` is set. `public`: the operator shares its pages with all tenants.
+    Times are seconds since the epoch: the entry outlives every process.
+    """
+
+    id: str
+    tenant: str
+    model: str
+    name: str
+    num_tokens: int
+    created: int
+    expires: int
+    messages: str = ""
+    text: str = ""
+    public: bool = False
+    prefix: list[int] = field(default_factory=list)  # token ids, of a public one

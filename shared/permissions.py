@@ -17,7 +17,7 @@ _INBOXES: Final = {"worker": _WORKER_PARTS}
 
 # kind -> (tables it writes, tables it only reads)
 _TABLES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "gateway": (("registrations", "keys"), ("models",)),
+    "gateway": (("registrations", "keys", "caches"), ("models",)),
     "scheduler": (("registrations",), ("models",)),
     "worker": (("models", "registrations"), ()),
     "cache": (("registrations",), ("models",)),
@@ -49,6 +49,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.request(every),
             on.task(every),
             on.cancel(every),
+            on.rtc("free"),
             on.beat("gateway", every),
             asked,
         ),
@@ -56,16 +57,25 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.task(every),
             on.tokens(every),
             on.cancel(every),
+            on.rtc("match"),
+            on.blocks_dump(every),
             on.beat("scheduler", every),
         ),
         "worker": (
             on.tokens(every),
             on.events(every),
             on.blocks(every, every),
+            *(on.rtc(verb, every) for verb in ("copy", "commit", "populate", "query")),
+            on.link(every),
             *(on.beat(part, every) for part in _WORKER_PARTS),
             *(on.down(part, every) for part in _WORKER_PARTS),
         ),
-        "cache": (on.blocks_dump(every), on.beat("cache", every)),
+        "cache": (
+            on.blocks_dump(every),
+            on.arena(every, every),
+            on.link(every),
+            on.beat("cache", every),
+        ),
         "operator": (asked,),
     }
     subscribe: dict[str, tuple[str, ...]] = {
@@ -74,11 +84,30 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.request(every),
             on.events(every),
             on.cancel(every),
+            on.blocks(every, every),
+            on.arena(every, every),
             *pulse,
             asked,
         ),
-        "worker": (on.task(every), on.cancel(every), on.blocks_dump(every), *pulse, asked),
-        "cache": (on.rtc(every), on.blocks(every, every), *pulse, asked),
+        "worker": (
+            on.task(every),
+            on.cancel(every),
+            on.blocks_dump(every),
+            on.rtc("free"),
+            on.link(every),
+            *pulse,
+            asked,
+        ),
+        "cache": (
+            on.rtc(every),
+            on.rtc(every, every),
+            on.blocks(every, every),
+            on.arena(every, every),
+            on.blocks_dump(every),
+            on.link(every),
+            *pulse,
+            asked,
+        ),
         "operator": pulse,
     }
     writes, reads = _TABLES[kind]

@@ -14,7 +14,7 @@ VERSION: Final = "v1"
 QUEUE_GATEWAY: Final = "gateway"
 QUEUE_SCHEDULER: Final = "scheduler"
 QUEUE_CACHE: Final = "cache"
-TABLES: Final = ("models", "registrations", "leases", "keys", "jobs")
+TABLES: Final = ("models", "registrations", "leases", "keys", "caches", "jobs")
 
 _PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _ENCODED: Final = re.compile(r"(?:[A-Za-z0-9_-]|=[0-9A-F]{2})+")
@@ -64,7 +64,7 @@ class Subjects:
         return self._join("tokens", client)
 
     def events(self, je: str) -> str:
-        """TE -> JE: `TaskEnded`."""
+        """TE -> JE: `TaskEnded`, `Prefilled`."""
         return self._join("events", je)
 
     def cancel(self, te: str) -> str:
@@ -83,13 +83,23 @@ class Subjects:
         """TE -> JEs and caches: `BlockEvents`."""
         return self._join("blocks", model, te)
 
+    def arena(self, model: str, cache: str) -> str:
+        """Cache -> JEs and caches: `BlockEvents` of its host's arena."""
+        return self._join("arena", model, cache)
+
     def blocks_dump(self, te: str) -> str:
-        """JE, cache -> TE, request-reply: `BlocksQuery` -> `BlocksDump`."""
+        """JE, cache -> TE, cache, request-reply: `BlocksQuery` -> `BlocksDump`."""
         return self._join("dump", te)
 
-    def rtc(self, verb: str) -> str:
-        """TE, JE, gateway -> cache (queue group `cache`), request-reply: `Match` -> `Matched`."""
-        return self._join("rtc", verb)
+    def rtc(self, verb: str, host: str | None = None) -> str:
+        """The cache services. Of any (queue group `cache`): `match`. Of all, published: `free`. Of one host's:
+        `copy`, `commit` (published), `populate`, `query`."""
+        return self._join("rtc", verb) if host is None else self._join("rtc", verb, host)
+
+    def link(self, instance: str) -> str:
+        """TE, cache -> TE, cache, request-reply: `LinkRequest` -> `LinkOffer`, `LeaseRequest` -> `Leased`,
+        `LeaseRelease` -> `LeaseReleased`."""
+        return self._join("link", instance)
 
     def status(self, kind: str, instance: str) -> str:
         """Anyone -> one instance (or `all`, `all`), request-reply: `StatusQuery` -> `StatusReply`."""
