@@ -305,7 +305,7 @@ class Down:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvents:
-    """`blocks.<model>.<te>`, `arena.<model>.<cache>`: what changed in a holder's index; apply `removed` before `stored`.
+    """`blocks.<model>.<te>`, `arena.<model>.<cache>`: what changed in an index; apply `removed` before `stored`.
 
     `seq` grows by one per message of this holder and model from 1; a jump means a lost message: ask for a dump.
     """
