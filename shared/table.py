@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
 
 import nats.errors
 import nats.js.errors
+from nats.js import JetStreamContext
 from nats.js.kv import KeyValue
 
 from shared import errors, log, wire
 from shared.subjects import decode, encode
 
 M = TypeVar("M")
+_MAX_TRIES: Final = 16
+_ABSENT: Final = (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError)
 
 
 class Table:
@@ -27,55 +30,114 @@ class Table:
     few seconds and on reconnect, and let beats say that something is new.
     """
 
-    def __init__(self, bucket: KeyValue) -> None:
+    def __init__(
+        self, jetstream: JetStreamContext, name: str, bucket: KeyValue, prefix: str = ""
+    ) -> None:
+        self._jetstream = jetstream
+        self._name = name
         self._bucket = bucket
+        self._prefix = prefix
         self._log = log.get(component="table")
+
+    def part(self, name: str) -> Table:
+        """A table of its own inside this one's bucket: the same keys there are others, and `all` tells them apart."""
+        prefix = f"{self._prefix}{encode(name)}."
+        return Table(self._jetstream, self._name, self._bucket, prefix)
 
     async def get(self, key: str, kind: type[M]) -> M | None:
         """The entry, or None."""
+        found = await self._get(key, kind)
+        return found and found[0]
+
+    async def _get(self, key: str, kind: type[M]) -> tuple[M, int] | None:
+        """The entry and its revision, or None."""
         with _unavailable():
             try:
-                entry = await self._bucket.get(encode(key))
-            except (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError):
+                entry = await self._bucket.get(self._key(key))
+            except _ABSENT:
                 return None
-            return wire.from_json(entry.value or b"", kind)
+            return wire.from_json(entry.value or b"", kind), entry.revision or 0
 
     async def put(self, key: str, message: object) -> int:
         """Write; the new revision."""
         with _unavailable():
-            return await self._bucket.put(encode(key), wire.to_json(message))
+            return await self._bucket.put(self._key(key), wire.to_json(message))
 
     async def create(self, key: str, message: object) -> bool:
         """Write unless the key exists; whether it was written."""
         with _unavailable():
             try:
-                await self._bucket.create(encode(key), wire.to_json(message))
+                await self._bucket.create(self._key(key), wire.to_json(message))
             except nats.js.errors.KeyWrongLastSequenceError:
                 return False
             return True
 
+    async def change(self, key: str, kind: type[M], step: Callable[[M], M]) -> M | None:
+        """Replace an entry by `step(entry)`, anew if somebody else was faster: what it is now, None if it is not."""
+        for _ in range(_MAX_TRIES):
+            found = await self._get(key, kind)
+            if found is None:
+                return None
+            changed = step(found[0])
+            with _unavailable():
+                try:
+                    await self._bucket.update(self._key(key), wire.to_json(changed), found[1])
+                except nats.js.errors.KeyWrongLastSequenceError:
+                    continue
+                return changed
+        raise errors.Unavailable("the table's entry is changed by too many at once")
+
     async def delete(self, key: str) -> None:
-        """Remove; a missing key is fine."""
+        """Remove; a missing key is fine. Nothing is left: the marks that a KV bucket puts in place of what was deleted
+        would stay for ever, and each `all` would read them."""
         with _unavailable():
-            await self._bucket.delete(encode(key))
+            await self._jetstream.purge_stream(
+                f"KV_{self._name}", subject=f"$KV.{self._name}.{self._key(key)}"
+            )
 
     async def all(self, kind: type[M]) -> dict[str, M]:
-        """Every entry. One that cannot be read is left out and logged."""
-        entries: dict[str, M] = {}
+        """Every entry, the one first that has not been written to for longest. One that cannot be read is left out
+        and logged."""
         with _unavailable():
-            watcher = await self._bucket.watchall(ignore_deletes=True)
+            found = await self._all()
+        entries: dict[str, M] = {}
+        for entry in sorted(found.values(), key=lambda entry: entry.revision or 0):
             try:
-                async with asyncio.timeout(5):
-                    async for entry in watcher:
-                        if entry is None:  # all present values have come
-                            break
-                        try:
-                            entries[decode(entry.key)] = wire.from_json(entry.value or b"", kind)
-                        except ValueError as error:
-                            self._log.warning("entry_refused", key=entry.key, error=str(error))
-            finally:
-                await watcher.stop()  # type: ignore[no-untyped-call]
+                key = decode(entry.key.removeprefix(self._prefix))
+                entries[key] = wire.from_json(entry.value or b"", kind)
+            except ValueError as error:
+                self._log.warning("entry_refused", key=entry.key, error=str(error))
         return entries
+
+    async def _all(self) -> dict[str, KeyValue.Entry]:
+        start = f"$KV.{self._name}."
+        info = await self._jetstream.stream_info(
+            f"KV_{self._name}", subjects_filter=f"{start}{self._prefix}*"
+        )
+        found: dict[str, KeyValue.Entry] = {}
+        # The server bears 1000 watchers, and would remember each for five minutes after it was stopped.
+        watcher = await self._bucket.watch(
+            f"{self._prefix}*", ignore_deletes=True, inactive_threshold=0.25
+        )
+        try:
+            async with asyncio.timeout(5):
+                async for entry in watcher:
+                    if (
+                        entry is None
+                    ):  # all present values have come, or something was removed meanwhile
+                        break
+                    found[entry.key] = entry
+        finally:
+            await watcher.stop()  # type: ignore[no-untyped-call]
+        for key in {
+            subject.removeprefix(start) for subject in info.state.subjects or {}
+        } - found.keys():
+            with contextlib.suppress(*_ABSENT):
+                found[key] = await self._bucket.get(key)
+        return found
+
+    def _key(self, key: str) -> str:
+        return self._prefix + encode(key)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from services.gateway.actions import Emit
 from services.gateway.choices import ChoiceText, Piece
-from services.gateway.delivery import Emit
 from shared.errors import DeepFlowError
 
 MAX_PIECES = 256

@@ -10,12 +10,16 @@ from typing import Any
 from aiohttp import web
 
 from services.gateway.auth import TenantSecrets
+from services.gateway.cache_routes import CacheRoutes
 from services.gateway.calls import Calls
 from services.gateway.catalogue import Catalogue
+from services.gateway.context_maker import ContextMaker
+from services.gateway.contexts import Contexts
 from services.gateway.counts import Counts
 from services.gateway.http import middleware
 from services.gateway.producers import Producers
 from services.gateway.prompts import Prompts
+from services.gateway.publics import PublicPrefixes
 from services.gateway.routes import Routes
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
@@ -30,13 +34,17 @@ async def main(service: Service[GatewaySettings]) -> None:
     prompts = Prompts(settings.num_tokenizers, settings.tokenize_timeout_s, log)
     catalogue = Catalogue(bus, settings.cache_dir, log, prompts.announce)
     streams = Streams(bus, service.id, service.tasks, counts, log)
-    calls = Calls(settings, catalogue, prompts, streams, TenantSecrets(bus), counts, log)
+    secrets = TenantSecrets(bus)
+    contexts = Contexts(bus, settings, PublicPrefixes(secrets.public), log)
+    calls = Calls(settings, catalogue, prompts, streams, secrets, contexts, counts, log)
+    maker = ContextMaker(calls, catalogue, prompts, contexts, secrets)
     producers = Producers(bus, calls, log)
 
     app = web.Application(
         middlewares=[middleware(settings, counts, log)], client_max_size=settings.max_body_bytes
     )
     Routes(service, calls, catalogue, prompts).add_to(app)
+    CacheRoutes(settings, maker, contexts).add_to(app)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -47,6 +55,7 @@ async def main(service: Service[GatewaySettings]) -> None:
 
     await streams.start()
     await catalogue.start(service.tasks)
+    await contexts.start(service.tasks)
     await prompts.start(service.tasks)
     await producers.start()
     await runner.setup()
@@ -70,6 +79,7 @@ async def main(service: Service[GatewaySettings]) -> None:
         calls.draining = True
         await producers.stop()
         await calls.drain(settings.grace_s)
+        await contexts.flush()
 
     service.status(status)
     service.on_drain(drain)

@@ -22,6 +22,7 @@ from shared.messages import TenantSecret
 
 LOCAL: Final = "local"
 OPERATOR: Final = "operator"
+_PUBLIC: Final = ":public"  # whose secret shared prefixes are hashed with; no key can name it
 SECRET_BYTES: Final = 32
 MAX_SECRETS: Final = 4096
 
@@ -113,7 +114,16 @@ class TenantSecrets:
         self._known: OrderedDict[str, bytes] = OrderedDict()
 
     async def get(self, tenant: str) -> bytes:
-        """32 bytes, the same at every gateway. Raises Unavailable."""
+        """32 bytes, the same at every gateway. Raises Unavailable; Forbidden for the one name that is no tenant's."""
+        if tenant == _PUBLIC:
+            raise Forbidden("this name is reserved")
+        return await self._get(tenant)
+
+    async def public(self) -> bytes:
+        """The secret of what the operator shares with all tenants. Raises Unavailable."""
+        return await self._get(_PUBLIC)
+
+    async def _get(self, tenant: str) -> bytes:
         secret = self._known.get(tenant)
         if secret is None:
             secret = await self._fetch(tenant)

@@ -13,28 +13,33 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final
 
+from services.gateway.actions import Emit
 from services.gateway.answer import Answer, Usage
 from services.gateway.auth import TenantSecrets
+from services.gateway.budget import BodyBudget
 from services.gateway.catalogue import Catalogue, Model
 from services.gateway.choices import ChoiceText
+from services.gateway.contexts import Contexts
 from services.gateway.counts import Counts, ModelCounts
-from services.gateway.delivery import Emit, Limits
+from services.gateway.delivery import Limits
 from services.gateway.openai.bodies import Header
+from services.gateway.openai.caches import continued
 from services.gateway.openai.orders import Order, check_model, max_tokens
 from services.gateway.prompts import Prompt, Prompts
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Stream, Streams
-from shared.blockhash import root
-from shared.errors import DeadlineExceeded, Overloaded, Unavailable
+from shared.blockhash import extend, root
+from shared.errors import DeadlineExceeded, Overloaded, TooLarge, Unavailable
 from shared.log import Logger
-from shared.messages import Request, Sampling
+from shared.messages import ContextCache, Request, Sampling
 from shared.text.tokenizer import Tokenizer
 
 _SEED_MASK: Final = 2**64 - 1
+_MAX_READING: Final = 8  # contexts at once
 _CLOSE_S: Final = 1.0  # for writers to say why, once the grace is over
 
 
@@ -51,8 +56,16 @@ class Caller:
 class Call:
     """A call in flight. Read `answer`; leave through `Calls.open`'s context, which cancels what still runs."""
 
-    def __init__(self, order: Order, header: Header, model: Model, answer: Answer) -> None:
+    def __init__(
+        self,
+        order: Order,
+        header: Header,
+        model: Model,
+        answer: Answer,
+        context: ContextCache | None,
+    ) -> None:
         self.order = order
+        self.context = context
         self.header = header
         self.answer = answer
         self.tokenizer = model.tokenizer
@@ -115,10 +128,14 @@ class Calls:
         prompts: Prompts,
         streams: Streams,
         tenant_secrets: TenantSecrets,
+        contexts: Contexts,
         counts: Counts,
         log: Logger,
     ) -> None:
         self.draining = False
+        self._contexts = contexts
+        self._context_bytes = BodyBudget(settings.body_budget_bytes)
+        self._reading = asyncio.Semaphore(_MAX_READING)  # what is read is in no budget yet
         self._settings = settings
         self._catalogue = catalogue
         self._prompts = prompts
@@ -136,7 +153,7 @@ class Calls:
 
     @asynccontextmanager
     async def open(self, order: Order, caller: Caller) -> AsyncIterator[Call]:
-        """Put an order on its way. Raises what `Catalogue.find`, the tokenizer and the limits raise.
+        """Put an order on its way. Raises what `Catalogue.find`, `Contexts.whole`, the tokenizer and the limits raise.
 
         On leaving, however that happens, whatever still runs is cancelled at its TE.
         """
@@ -145,23 +162,23 @@ class Calls:
         self._idle.clear()
         start = time.monotonic()
         try:
-            async with _deadline(self._settings.deadline_s):
-                model = await self._catalogue.find(order.model)
-                check_model(order, model.entry.vocab)
-                root_hash = root(
-                    await self._secrets.get(caller.tenant),
-                    model.entry.recipe_digest,
-                    str(model.entry.page),
-                )
-                prompts = await self._tokenize(order, model, root_hash)
-            limits = [max_tokens(order, len(p.ids), model.entry.context) for p in prompts]
-            call = self._make(order, model, len(prompts), start)
-            self._open.add(call)
-            try:
-                self._send(call, model, prompts, limits, root_hash, caller, start)
-                yield call
-            finally:
-                self._close(call, model, caller, start)
+            with contextlib.ExitStack() as held:
+                async with _deadline(self._settings.deadline_s):
+                    model = await self._catalogue.find(order.model)
+                    check_model(order, model.entry.vocab)
+                    context = None
+                    if order.cache is not None:
+                        context = await self._context(order, order.cache, caller, held)
+                        order = continued(order, context)
+                    root_hash, prompts = await self._pages(order, model, caller)
+                limits = [max_tokens(order, len(p.ids), model.entry.context) for p in prompts]
+                call = self._make(order, model, context, len(prompts), start)
+                self._open.add(call)
+                try:
+                    self._send(call, model, prompts, limits, root_hash, caller, start)
+                    yield call
+                finally:
+                    self._close(call, model, caller, start)
         finally:
             self._num -= 1
             if not self._num:
@@ -173,12 +190,53 @@ class Calls:
         if self._num >= self._settings.max_in_flight:
             raise Overloaded("too many requests are in flight", retry_after_s=1.0)
 
+    async def _context(
+        self, order: Order, cache: str, caller: Caller, held: contextlib.ExitStack
+    ) -> ContextCache:
+        """What an order goes on from, within the bounds that hold for what is sent: of one body, and of all in hand.
+
+        Raises ContextNotFound, TooLarge, Overloaded.
+        """
+        async with self._reading:
+            context = await self._contexts.whole(cache, caller.tenant, param="cache")
+            size = len(order.prompts or "1") * (len(context.messages) + len(context.text))
+            if size > self._settings.max_body_bytes:
+                raise TooLarge(
+                    f"with this cache before each prompt there are {size} characters; at most"
+                    f" {self._settings.max_body_bytes} are taken",
+                    param="cache",
+                )
+            held.enter_context(self._context_bytes.take(size))
+            return context
+
+    async def _pages(
+        self, order: Order, model: Model, caller: Caller
+    ) -> tuple[bytes, list[Prompt]]:
+        """The root of the caller's hashes, and the prompts with theirs: shared ones where a prompt begins with what
+        the operator shares, the tenant's own from there on."""
+        publics, entry = self._contexts.publics, model.entry
+        if order.public:
+            root_hash = await publics.root(entry)
+            return root_hash, await self._tokenize(order, model, root_hash)
+        secret = await self._secrets.get(caller.tenant)
+        root_hash = root(secret, entry.recipe_digest, str(entry.page))
+        prompts = await self._tokenize(order, model, root_hash)
+        for index, prompt in enumerate(prompts):
+            shared = await publics.hashes(entry, prompt.ids)
+            if shared:
+                [own] = await self._prompts.texts(
+                    model.folder, model.version, [prompt.ids[len(shared) * entry.page :]],
+                    special=False, root=extend(shared[-1], secret), page=entry.page,
+                )  # fmt: skip
+                prompts[index] = replace(prompt, hashes=shared + own.hashes)
+        return root_hash, prompts
+
     async def _tokenize(self, order: Order, model: Model, root_hash: bytes) -> list[Prompt]:
         page = model.entry.page
         if order.messages is not None:
             prompt = await self._prompts.chat(
                 model.folder, model.version, order.messages, order.template_options,
-                special=order.special, root=root_hash, page=page,
+                special=order.special, root=root_hash, page=page, chunks=order.chunk_texts,
             )  # fmt: skip
             return [prompt]
         return await self._prompts.texts(
@@ -186,7 +244,14 @@ class Calls:
             special=order.special, root=root_hash, page=page,
         )  # fmt: skip
 
-    def _make(self, order: Order, model: Model, num_prompts: int, start: float) -> Call:
+    def _make(
+        self,
+        order: Order,
+        model: Model,
+        context: ContextCache | None,
+        num_prompts: int,
+        start: float,
+    ) -> Call:
         texts = [
             ChoiceText(
                 choice,
@@ -213,7 +278,7 @@ class Calls:
             created=int(time.time()),
             fingerprint=f"fp_{model.entry.recipe_digest[:10]}",
         )
-        return Call(order, header, model, answer)
+        return Call(order, header, model, answer, context)
 
     def _send(
         self,
@@ -244,7 +309,9 @@ class Calls:
                 sampling=sampling(order, limit, seed_of_prompt(seed, index)),
                 deadline_ms=0,
                 park_ms=0,
-                kind="chat" if order.chat else "completion",
+                kind="cache" if order.keep else "chat" if order.chat else "completion",
+                keep=order.keep,
+                chunks=prompt.chunks or order.chunks,
             )
             sink = _PromptSink(call.answer, index * order.n, counts, start)
             call.streams.append(self._streams.open(request, sink, budget))
@@ -257,6 +324,12 @@ class Calls:
         self._open.discard(call)
         seconds = time.monotonic() - start
         counts = self._counts.of(model.name)
+        if call.context is not None:
+            most = call.context.num_tokens
+            cached = sum(min(stream.delivery.cached or 0, most) for stream in call.streams)
+            self._counts.context_requests.inc()
+            self._counts.context_tokens.inc(cached)
+            self._contexts.used(call.context.id, cached)
         if answer.error is not None:
             reason = answer.error.code
             counts.finished("error").inc()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.gateway.delivery import Emit
+from services.gateway.actions import Emit
 from shared.messages import TokenLogprobs
 from shared.text.detokenizer import Detokenizer
 from shared.text.stopper import StopStrings

@@ -73,6 +73,12 @@ class Counts:
         self.responses = metrics.counter(
             "deepflow_gateway_responses_total", "HTTP answers by status class.", ["status"]
         )
+        self.context_requests = metrics.counter(
+            "deepflow_gateway_context_requests_total", "Requests that named a context cache."
+        )
+        self.context_tokens = metrics.counter(
+            "deepflow_gateway_context_cached_tokens_total", "Of its tokens, those found computed."
+        )
         metrics.gauge(
             "deepflow_gateway_requests_in_flight", "Requests accepted and not ended."
         ).set_function(num_in_flight)

@@ -6,6 +6,11 @@ left. It holds because every delta names (attempt, choice, index): an older atte
 a gap is asked for again, and after a loss the next attempt carries what the client already has. Noise is a function
 of (seed, choice, position), so a new attempt continues the same text.
 
+One attempt may be worked on by two TEs, one after the other: the first says with its last delta that it *moves*, and
+from then on whoever the JE names, or whoever speaks, is its TE. Frames of both may come in any order and get lost: each
+answers for what it made, and the second for the first one's tokens too. Between the two nobody can be asked, so silence
+there is short: `HANDOVER_S` after the first one's word, or with the death of the JE, the attempt counts as lost.
+
 This module must not know text, HTTP, or the bus.
 """
 
@@ -15,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from services.gateway.actions import Action, Ask, Drop, Emit, Submit
 from shared.errors import (
     DeadlineExceeded,
     DeepFlowError,
@@ -24,7 +30,7 @@ from shared.errors import (
     Unavailable,
     from_code,
 )
-from shared.messages import Delta, TokenLogprobs
+from shared.messages import Delta
 
 MAX_LOSSES: Final = 8  # in a row without a new token: the request itself may be what kills TEs
 MAX_AHEAD: Final = 256  # deltas kept beyond a gap while the missing ones are asked for
@@ -34,51 +40,11 @@ PROBE_S: Final = (
     8.0,
 )  # first and longest silence before the TE is asked; doubles while nothing is new
 PARKED_SILENCE_S: Final = 5.0  # a JE tells about what it parks more often than this
+HANDOVER_S: Final = 2.0  # from the first TE's last delta to any sign of the second
 SUBMIT_TIMEOUT_S: Final = (2.0, 10.0)
 BACKOFF_S: Final = (0.05, 2.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Send the request to a JE, as this attempt, after a pause."""
-
-    attempt: int
-    delay_s: float
-    timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask the TE to send again from `have[choice]` on."""
-
-    te: str
-    attempt: int
-    have: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Tell a TE (or the JE that parks it) to drop attempts up to this one, of one choice or all."""
-
-    to: str
-    attempt: int
-    choice: int | None = None
-    keep: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """New tokens of one choice for the client. `finish` (stop | length | failed) marks the choice's one last Emit."""
-
-    choice: int
-    ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    finish: str | None = None
-    stop_id: int | None = None
-    failure: DeepFlowError | None = None
-
-
-Action = Submit | Ask | Drop | Emit
 RETRIED: Final = (
     Overloaded,
     Unavailable,
@@ -123,6 +89,13 @@ class Delivery:
         self._ahead: list[Delta] = []
         self._losses = 0
         self._refusals = 0
+        # Of an attempt that moves. `te` is the first TE, while it prefills; then nobody (`_moving`), though `te` still
+        # names the first; then (`_moved`) the second, which may be the same.
+        self._by: str | None = None  # the JE that took the attempt, and names the second TE
+        self._moving: float | None = None  # since when
+        self._moved = False
+        self._before: str | None = None  # the first TE, once another is the second
+        self._stranger: str | None = None  # not `te`, but speaks before that is done: the second?
 
     @property
     def over(self) -> bool:
@@ -161,10 +134,12 @@ class Delivery:
         self._submitting = False
         self._refusals = 0
         self._heard = now
+        self._by = by
         if te is None:
             self.je, self.parked = by, self.te is None
             return []
-        return self._at(te, now)
+        self._at(te, now)
+        return []
 
     def refused(self, attempt: int, error: DeepFlowError, now: float) -> list[Action]:
         """No JE took this attempt: it said no, nobody was there, or it stayed silent."""
@@ -178,23 +153,43 @@ class Delivery:
     def progress(
         self, source: str, attempt: int, state: str, te: str | None, now: float
     ) -> list[Action]:
-        """A JE tells what happens to a request it parked."""
+        """A JE tells what happens to a request that it parked, or that moves."""
         if not self.awaits(attempt):
             return [Drop(te or source, attempt)] if attempt <= self.attempt else []
         self._heard = now
         if te is not None:
-            return self._at(te, now)
-        if self.te is None:
+            if state == "moved":
+                return self._move(te, now)
+            self._at(te, now)
+        elif self.te is None:
             self.je, self.parked = source, state == "parked"
         return []
 
-    def _at(self, te: str, now: float) -> list[Action]:
-        """Now it is known where the attempt runs."""
-        before, self.te = self.te, te
+    def _at(self, te: str, now: float) -> None:
+        """Now it is known where the attempt runs, or where it ran before it moved."""
+        if self._moving is not None or self._moved:
+            return
+        if self.te not in (None, te):  # who speaks already is the second TE
+            self._before, self._moved = te, True
+            return
+        self.te = te
         self.started, self.parked, self.je = True, False, None
         self._heard = now
         self._probe_s = PROBE_S[0]
-        return [Drop(before, self.attempt)] if before not in (None, te) else []
+
+    def _move(self, te: str, now: float) -> list[Action]:
+        """Another TE, or the same one on another task, goes on with the attempt."""
+        if self._moved and te == self.te:
+            return []
+        if te != self.te:
+            self._before, self.te = self.te, te
+            self._asking = False
+        missed = self._stranger == te or bool(self._ahead)
+        self._moving, self._moved, self._stranger = None, True, None
+        self.started, self.parked, self.je = True, False, None
+        self._heard = now
+        self._probe_s = PROBE_S[0]
+        return self._ask() if missed else []
 
     # ---------------------------------------------------------------------------------------------------- tokens
 
@@ -206,12 +201,37 @@ class Delivery:
             return []
         if delta.finish in ("failed", "cancelled"):
             return self._ended_badly(source, delta, now)
+        actions: list[Action] = []
         if self.te is None:  # the frames were faster than the JE's answer
             self._at(source, now)
+        elif source == self._before:
+            return self._take(delta)  # late, but true
         elif source != self.te:
-            return [Drop(source, self.attempt)]  # one attempt, two TEs: one of them is enough
+            if self._moved:
+                return [Drop(source, self.attempt)]  # one attempt, three TEs: one is too many
+            if (
+                self._moving is None
+            ):  # the one it moved to, unless its own TE goes on as well: ask that
+                self._stranger = source
+                return self._ask()
+            actions = self._move(source, now)
         self._heard = now
-        return self._take(delta)
+        return [*actions, *self._note(delta, now), *self._take(delta)]
+
+    def _note(self, delta: Delta, now: float) -> list[Action]:
+        """What a delta of the attempt's TE says about who goes on."""
+        if self._moved:
+            return []
+        if not delta.moves:
+            self._moved = self._moving is not None  # the first TE takes the second task, too
+            self._moving = None
+            stranger, self._stranger = self._stranger, None
+            return [Drop(stranger, self.attempt)] if stranger is not None else []
+        if self._stranger is not None:
+            return self._move(self._stranger, now)
+        if self._moving is None:
+            self._moving = now
+        return []
 
     def _take(self, delta: Delta) -> list[Action]:
         choice = delta.choice
@@ -263,7 +283,7 @@ class Delivery:
 
     def _ended_badly(self, source: str, delta: Delta, now: float) -> list[Action]:
         """A TE, or the JE that parked it, gave the attempt up. Nobody asked it to, so it is a loss."""
-        if self.te is not None and source != self.te:
+        if self.te is not None and source != self.te and self._moving is None:
             return []
         if 0 <= delta.choice < len(self.ended) and self.ended[delta.choice]:
             return []  # the answer to our own cancel after a stop string
@@ -286,12 +306,13 @@ class Delivery:
         """A frame of this TE went missing: it may have held anything, even the end."""
         return self._ask() if source == self.te and not self.over else []
 
-    def replayed(self, attempt: int, deltas: list[Delta], now: float) -> list[Action]:
+    def replayed(self, te: str, attempt: int, deltas: list[Delta], now: float) -> list[Action]:
         """The TE's answer to `Ask`."""
-        if not self.awaits(attempt):
+        if not self.awaits(attempt) or te not in (self.te, self._before):
             return []
-        self._asking = False
-        self._heard = now
+        if te == self.te:
+            self._asking = False
+            self._heard = now
         actions: list[Action] = []
         for delta in deltas:
             if not self.awaits(attempt):
@@ -299,18 +320,25 @@ class Delivery:
             if delta.attempt != attempt or not 0 <= delta.choice < len(self.ended):
                 continue
             if delta.finish in ("failed", "cancelled"):
-                actions += self._ended_badly(self.te or "", delta, now)
-            elif not self.ended[delta.choice] and delta.index <= len(self.output[delta.choice]):
+                actions += self._ended_badly(te, delta, now)
+                continue
+            if te == self.te:
+                actions += self._note(delta, now)
+            if not self.ended[delta.choice] and delta.index <= len(self.output[delta.choice]):
                 actions += self._apply(delta, len(self.output[delta.choice]))
         if not any(isinstance(action, Emit) for action in actions):
             self._probe_s = min(self._probe_s * 2, PROBE_S[1])
         return actions + self._catch_up()
 
-    def replay_failed(self, attempt: int, error: DeepFlowError, now: float) -> list[Action]:
+    def replay_failed(
+        self, te: str, attempt: int, error: DeepFlowError, now: float
+    ) -> list[Action]:
         """The TE could not answer `Ask`: it forgot the request, it is gone, or it stayed silent."""
-        if not self.awaits(attempt):
+        if not self.awaits(attempt) or te != self.te:
             return []
         self._asking = False
+        if self._moving is not None:  # it did its part; whether somebody goes on shows soon
+            return []
         if isinstance(error, NotFound | Unavailable):
             return self._lost(error, now, blame=self.te if isinstance(error, Unavailable) else None)
         self._heard = now
@@ -318,22 +346,29 @@ class Delivery:
         return []
 
     def te_lost(self, te: str, now: float) -> list[Action]:
-        """This TE is dead or hangs."""
-        if self.over or te != self.te:
+        """This TE is dead or hangs. If it is done with its part, the other one can do without it."""
+        if self.over or te != self.te or self._moving is not None:
             return []
         return self._lost(Unavailable("the replica was lost"), now, blame=te)
 
     def je_lost(self, je: str, now: float) -> list[Action]:
-        """This JE is dead, and with it what it parked."""
-        if self.over or je != self.je or self.te is not None:
+        """This JE is dead, and with it what it parked, or was about to hand over."""
+        parked = je == self.je and self.te is None
+        if self.over or not (parked or (je == self._by and self._moving is not None)):
             return []
         return self._lost(Unavailable("the scheduler was lost", retry_after_s=0.0), now)
 
     def reconnected(self, now: float) -> list[Action]:
         """Our bus connection is back: anything may have been missed."""
-        self._heard = now
+        self._restart(now)
         self._asking = False
         return [] if self.over else self._ask()
+
+    def _restart(self, now: float) -> None:
+        """What was not heard until now is nobody's fault."""
+        self._heard = now
+        if self._moving is not None:
+            self._moving = now
 
     def tick(self, now: float, *, connected: bool) -> list[Action]:
         """Time has passed; call it several times a second. Without the bus nobody is judged but the deadline."""
@@ -342,8 +377,13 @@ class Delivery:
         if now >= self._deadline:
             return self.fail(DeadlineExceeded("the request took longer than its deadline"))
         if not connected:
-            self._heard = now
+            self._restart(now)
             return []
+        if self._moving is not None:
+            if now - self._moving <= HANDOVER_S:
+                return []
+            nobody = Unavailable("nobody went on with the request", retry_after_s=0.0)
+            return self._lost(nobody, now)
         if self.te is not None:
             return self._ask() if now - self._heard > self._probe_s else []
         if not self._submitting and now - self._heard > PARKED_SILENCE_S:
@@ -370,7 +410,10 @@ class Delivery:
         elif keep >= len(self.output[choice]):
             return []
         del self.output[choice][keep:]
-        return [Drop(self.te, self.attempt, choice, keep)] if self.te is not None else []
+        if self.te is None:
+            return []
+        others = self._drop()[1:] if self.over else []
+        return [Drop(self.te, self.attempt, choice, keep), *others]
 
     def cancel(self) -> list[Action]:
         """The client left. Nothing is emitted any more."""
@@ -380,8 +423,10 @@ class Delivery:
         return self._drop()
 
     def _drop(self) -> list[Action]:
-        holder = self.te or self.je
-        return [Drop(holder, self.attempt)] if holder is not None else []
+        """Whoever may hold something of the attempt is told; its TE first."""
+        between = self._by if self._moving is not None else None
+        holders = (self.te or self.je, self._before, self._stranger, between)
+        return [Drop(to, self.attempt) for to in dict.fromkeys(holders) if to is not None]
 
     def fail(self, error: DeepFlowError) -> list[Action]:
         """The one terminal Emit of each choice that has none."""
@@ -414,8 +459,8 @@ class Delivery:
         actions = self._drop()
         if blame is not None and blame not in self.avoid:
             self.avoid = [*self.avoid, blame][-MAX_AVOID:]
-        self.te = self.je = None
-        self._asking = self.parked = False
+        self.te = self.je = self._by = self._before = self._stranger = self._moving = None
+        self._asking = self.parked = self._moved = False
         self._ahead.clear()
         self.num_resubmissions += 1
         return [*actions, self._submit(now, 0.0 if soon else self._backoff_s())]

@@ -13,7 +13,8 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from services.gateway import tokenizing
@@ -32,10 +33,12 @@ _LOST: Final = (TimeoutError, OSError, asyncio.IncompleteReadError, wire.WireErr
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, ready for the engine: token ids, and the chained hashes of its full pages."""
+    """One prompt, ready for the engine: token ids, and the chained hashes of its full pages. `chunks` are the ranges
+    of those texts that were named as such."""
 
     ids: list[int]
     hashes: list[bytes]
+    chunks: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -85,11 +88,13 @@ class Prompts:
         special: bool,
         root: bytes,
         page: int,
+        chunks: Sequence[str] = (),
     ) -> Prompt:
-        """Render and tokenize a chat. Raises InvalidRequest if the template refuses it."""
+        """Render and tokenize a chat; those of the texts `chunks` that it holds, in this order, get tokens of their
+        own. Raises InvalidRequest if the template refuses it."""
         answer = await self._run(
             op="chat", folder=folder, version=version, messages=messages, options=options,
-            special=special, root=root, page=page,
+            special=special, root=root, page=page, chunks=list(chunks),
         )  # fmt: skip
         return _prompts(answer)[0]
 
@@ -110,6 +115,20 @@ class Prompts:
             special=special, root=root, page=page,
         )  # fmt: skip
         return _prompts(answer)
+
+    async def context(
+        self,
+        folder: str,
+        version: str,
+        context: list[dict[str, Any]] | str,
+        options: dict[str, Any],
+    ) -> tuple[list[int], int]:
+        """Tokenize what others are going to continue: messages or text. Its tokens, and with how many of them every
+        continuation begins. Raises InvalidRequest if the template refuses it, or whatever could follow."""
+        kind = "text" if isinstance(context, str) else "messages"
+        job = {kind: context, "options": options}
+        answer = await self._run(op="context", folder=folder, version=version, **job)
+        return tokenizing.unpacked(answer["ids"]), int(answer["num_common"])
 
     async def decode(self, folder: str, version: str, ids: list[int]) -> str:
         """The text of token ids."""
@@ -254,5 +273,5 @@ def _prompts(answer: dict[str, Any]) -> list[Prompt]:
     for index, raw in enumerate(answer["ids"]):
         joined: bytes = answer["hashes"][index] if "hashes" in answer else b""
         hashes = [joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)]
-        prompts.append(Prompt(tokenizing.unpacked(raw), hashes))
+        prompts.append(Prompt(tokenizing.unpacked(raw), hashes, answer.get("chunks", [])))
     return prompts

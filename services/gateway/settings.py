@@ -29,6 +29,8 @@ class GatewaySettings(Settings):
     read_timeout_s: float = 30.0  # for a request's body to arrive
     num_tokenizers: int = 2
     tokenize_timeout_s: float = 30.0
+    num_contexts: int = 64  # explicit context caches of one tenant at once
+    context_tokens: int = 131_072  # in all of them together: their pages are not evicted
 
     @classmethod
     def read(cls, reader: Reader) -> dict[str, Any]:
@@ -58,6 +60,8 @@ class GatewaySettings(Settings):
                 "DEEPFLOW_TOKENIZERS", min(4, max(2, (os.cpu_count() or 2) // 4)), 1, 64
             ),
             "tokenize_timeout_s": reader.number("DEEPFLOW_TOKENIZE_TIMEOUT_S", 30.0, 0.1, 3600.0),
+            "num_contexts": reader.integer("DEEPFLOW_CONTEXTS", 64, 0, 4096),
+            "context_tokens": reader.integer("DEEPFLOW_CONTEXT_TOKENS", 131_072, 0, 2**31),
         }
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
+from services.gateway.actions import Action, Ask, Drop, Emit, Submit
 from services.gateway.counts import Counts
-from services.gateway.delivery import Action, Ask, Delivery, Drop, Emit, Limits, Submit
+from services.gateway.delivery import Delivery, Limits
 from shared.bus import Bus, Subscription
 from shared.errors import DeepFlowError, Internal, Unavailable
 from shared.liveness import Liveness
@@ -217,13 +218,13 @@ class Streams:
         except DeepFlowError as error:
             if not self._bus.connected:
                 return  # nobody could answer; `reconnected` asks again
-            actions = delivery.replay_failed(action.attempt, error, self._clock())
+            actions = delivery.replay_failed(action.te, action.attempt, error, self._clock())
         except Exception:
             self._log.exception("replay_failed", request=replay.request)
             unknown = Internal("the replay could not be sent")
-            actions = delivery.replay_failed(action.attempt, unknown, self._clock())
+            actions = delivery.replay_failed(action.te, action.attempt, unknown, self._clock())
         else:
-            actions = delivery.replayed(action.attempt, answer.deltas, self._clock())
+            actions = delivery.replayed(action.te, action.attempt, answer.deltas, self._clock())
         self._do(stream, actions)
 
     def _cancel(self, request: str, action: Drop) -> None:
@@ -300,8 +301,9 @@ class Streams:
     def _progress(self, progress: Progress, now: float) -> None:
         stream = self._streams.get(progress.request)
         if stream is None:
-            if progress.state == "parked":
-                self._stray(progress.source, progress.request, progress.attempt, now)
+            if progress.state in ("parked", "moved"):  # a cancel did not reach them in time
+                holder = progress.te or progress.source
+                self._stray(holder, progress.request, progress.attempt, now)
             return
         if progress.te is not None:
             self._tes.beat(progress.te, now)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -14,6 +15,7 @@ from shared.messages import ModelEntry
 from shared.text.tokenizer import Tokenizer
 from tests.gateway.peers import MODEL, Peers, publish_model
 from tests.gateway.running import RunningGateway
+from tests.gateway.tenants import KEYS, Caller
 from tests.nats_server import NatsServer
 
 
@@ -61,3 +63,38 @@ async def http(gateway: RunningGateway) -> AsyncIterator[aiohttp.ClientSession]:
     """An HTTP client at the gateway."""
     async with aiohttp.ClientSession(gateway.url) as session:
         yield session
+
+
+@pytest.fixture
+async def start(
+    nats: NatsServer, cache: Path, peers: Peers
+) -> AsyncIterator[Callable[..., Awaitable[RunningGateway]]]:
+    """Starts gateways with three tenants."""
+    running: list[RunningGateway] = []
+
+    async def one(**settings: Any) -> RunningGateway:
+        gateway = RunningGateway(nats.url, cache, api_keys=KEYS, **settings)
+        await gateway.start()
+        running.append(gateway)
+        return gateway
+
+    yield one
+    for gateway in running:
+        assert await gateway.stop() == 0
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """An HTTP client."""
+    async with aiohttp.ClientSession() as made:
+        yield made
+
+
+@pytest.fixture
+async def callers(
+    start: Callable[..., Awaitable[RunningGateway]], session: aiohttp.ClientSession
+) -> tuple[Caller, Caller, Caller]:
+    """Alice, Bob and the operator at one gateway."""
+    gateway = await start()
+    alice, bob, operator = (Caller(session, gateway, who) for who in ("alice", "bob", "operator"))
+    return alice, bob, operator

@@ -15,6 +15,7 @@ from shared.messages import (
     Accepted,
     Cancel,
     Delta,
+    Free,
     ModelEntry,
     Replay,
     Replayed,
@@ -65,6 +66,7 @@ class Peers:
         self.requests: list[Request] = []
         self.cancels: list[Cancel] = []
         self.replays: list[Replay] = []
+        self.freed: list[str] = []  # ids of context caches that have ended
         self.cancelled: dict[str, int] = {}  # request -> up to this attempt
         self.made: dict[tuple[str, int], int] = {}  # (request, attempt) -> steps done
         self.sequence = 0
@@ -82,6 +84,7 @@ class Peers:
         await self.bus.serve(names.task(self.te), (Replay,), self._replay)
         for name in (self.te, self.je):
             await self.bus.listen(names.cancel(name), (Cancel,), self._cancel)
+        await self.bus.listen(names.rtc("free"), (Free,), self._free)
         self.spawn(self._beat())
         await self.bus.flush()
 
@@ -198,6 +201,9 @@ class Peers:
     def _cancel(self, cancel: Cancel) -> None:
         self.cancels.append(cancel)
         self.cancelled[cancel.request] = cancel.attempt
+
+    def _free(self, free: Free) -> None:
+        self.freed.append(free.keep)
 
     async def _beat(self) -> None:
         while True:

@@ -18,6 +18,7 @@ from services.gateway.settings import GatewaySettings
 from shared.bus import Bus
 from shared.config import ConfigError
 from shared.errors import Forbidden, InvalidRequest, Unauthorized
+from shared.messages import TenantSecret
 
 
 def test_keys_name_tenants() -> None:
@@ -122,3 +123,16 @@ async def test_a_tenants_secret_is_one_for_all_gateways(bus: Bus) -> None:
     assert len(set(secrets)) == 1
     assert len(secrets[0]) == 32
     assert await gateways[0].get("other") != secrets[0]
+
+
+async def test_no_tenant_has_the_public_secret(bus: Bus) -> None:
+    """What the operator shares has a secret of its own, under a name that no key and no account can take."""
+    tenants = TenantSecrets(bus)
+    public = await tenants.public()
+    assert public == await TenantSecrets(bus).public()
+    [reserved] = list(await (await bus.table("keys")).all(TenantSecret))
+    with pytest.raises(Forbidden):
+        await tenants.get(reserved)
+    with pytest.raises(ValueError, match="tenant:key"):
+        Keys.parse(f"{reserved}:k1")
+    assert await tenants.get(reserved.strip(":")) != public

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from services.gateway.actions import Emit
 from services.gateway.answer import MAX_PIECES, Answer
 from services.gateway.choices import ChoiceText, Piece
-from services.gateway.delivery import Emit
 from shared.errors import Internal
 from shared.messages import TokenLogprobs
 from shared.text.tokenizer import Tokenizer

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.delivery import (
-    MAX_LOSSES,
-    Action,
-    Ask,
-    Delivery,
-    Drop,
-    Emit,
-    Limits,
-    Submit,
-)
+from services.gateway.actions import Action, Ask, Drop, Emit, Submit
+from services.gateway.delivery import MAX_LOSSES, Delivery, Limits
 from shared.errors import (
     DeadlineExceeded,
-    DeepFlowError,
     Internal,
     InvalidRequest,
     NotFound,
     Overloaded,
     Unavailable,
 )
-from shared.messages import Delta, Failure
-
-LIMITS = Limits(deadline_s=600.0, park_s=60.0)
+from shared.messages import Failure
+from tests.gateway.world import LIMITS, World, delta
 
 
 def make(n: int = 1, limits: Limits = LIMITS) -> Delivery:
@@ -40,164 +29,12 @@ def make(n: int = 1, limits: Limits = LIMITS) -> Delivery:
     return delivery
 
 
-def delta(index: int, ids: list[int], attempt: int = 1, choice: int = 0, **more: object) -> Delta:
-    """A delta of request "r"."""
-    return Delta(request="r", attempt=attempt, choice=choice, index=index, ids=ids, **more)  # type: ignore[arg-type]
-
-
 def emitted(actions: list[Action]) -> list[int]:
     """The tokens that go out."""
     return [token for action in actions if isinstance(action, Emit) for token in action.ids]
 
 
 # ------------------------------------------------------------------------------------------------- the law, by chance
-
-
-@dataclass
-class Engine:
-    """A TE as the machine sees it: it runs attempts, forgets what is dropped, and answers replays."""
-
-    name: str
-    truth: list[list[int]]
-    attempt: int = 0
-    base: list[int] = field(default_factory=list)
-    made: list[int] = field(default_factory=list)
-
-    def run(self, attempt: int, have: list[int]) -> None:
-        self.attempt, self.base, self.made = attempt, list(have), list(have)
-
-    def deltas(self, choice: int, start: int, end: int) -> list[Delta]:
-        out = []
-        truth = self.truth[choice]
-        while start < end:
-            last = start == len(truth) - 1
-            out.append(
-                delta(
-                    start,
-                    truth[start : start + 1],
-                    self.attempt,
-                    choice,
-                    finish="stop" if last else None,
-                )
-            )
-            start += 1
-        return out
-
-    def step(self, choice: int) -> list[Delta]:
-        before = self.made[choice]
-        self.made[choice] = min(before + 1, len(self.truth[choice]))
-        return self.deltas(choice, before, self.made[choice])
-
-    def replay(self, have: list[int]) -> list[Delta]:
-        return [
-            one
-            for choice, start in enumerate(have)
-            for one in self.deltas(choice, start, self.made[choice])
-        ]
-
-
-class World:
-    """A bus that loses, repeats and reorders, TEs that die, and JEs that fall silent."""
-
-    def __init__(self, random: Random, truth: list[list[int]]) -> None:
-        self.random = random
-        self.truth = truth
-        self.now = 0.0
-        self.got: list[list[int]] = [[] for _ in truth]
-        self.finished: list[str | None] = [None for _ in truth]
-        self.engines: dict[str, Engine] = {}
-        self.flying: list[tuple[str, Delta]] = []
-        self.submits: list[Submit] = []
-        self.asks: list[Ask] = []
-        self.num_engines = 0
-        self.delivery = Delivery(len(truth), LIMITS, 0.0, random.random)
-        self.do(self.delivery.start(0.0))
-
-    def do(self, actions: list[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Emit):
-                assert self.finished[action.choice] is None, "a token after the end"
-                self.got[action.choice] += action.ids
-                want = self.truth[action.choice][: len(self.got[action.choice])]
-                assert self.got[action.choice] == want, "a wrong, repeated or missing token"
-                self.finished[action.choice] = action.finish
-            elif isinstance(action, Submit):
-                self.submits.append(action)
-            elif isinstance(action, Ask):
-                self.asks.append(action)
-            else:
-                engine = self.engines.get(action.to)
-                if engine is not None and engine.attempt <= action.attempt:
-                    del self.engines[action.to]
-
-    def submitted(self, chaos: bool) -> None:
-        if not self.submits:
-            return
-        submit = self.submits.pop(0)
-        outcome = self.random.randrange(6) if chaos else 0
-        if outcome == 1:
-            error: DeepFlowError = Unavailable("nobody", retry_after_s=0.0)
-            self.do(self.delivery.refused(submit.attempt, error, self.now))
-            return
-        if outcome == 2 and self.delivery.started:
-            self.do(self.delivery.refused(submit.attempt, Overloaded("full"), self.now))
-            return
-        if submit.attempt != self.delivery.attempt:
-            return
-        self.num_engines += 1
-        engine = Engine(f"te-{self.num_engines}", self.truth)
-        engine.run(submit.attempt, self.delivery.have)
-        self.engines[engine.name] = engine
-        if outcome == 3:  # the answer is lost, the work is not
-            error = DeadlineExceeded("silence")
-            self.do(self.delivery.refused(submit.attempt, error, self.now))
-        elif outcome == 4:
-            self.do(self.delivery.accepted(submit.attempt, "je", None, self.now))
-            self.do(
-                self.delivery.progress("je", submit.attempt, "dispatched", engine.name, self.now)
-            )
-        else:
-            self.do(self.delivery.accepted(submit.attempt, "je", engine.name, self.now))
-
-    def generate(self) -> None:
-        for name, engine in list(self.engines.items()):
-            choice = self.random.randrange(len(self.truth))
-            self.flying += [(name, one) for one in engine.step(choice)]
-
-    def deliver(self, chaos: bool) -> None:
-        if not self.flying:
-            return
-        place = self.random.randrange(min(4, len(self.flying))) if chaos else 0
-        source, one = self.flying[place]
-        fate = self.random.randrange(5) if chaos else 0
-        if fate != 1:  # 1: repeated later
-            del self.flying[place]
-        if fate == 2:  # lost
-            return
-        self.do(self.delivery.tokens(source, one, self.now))
-
-    def answer(self, chaos: bool) -> None:
-        if not self.asks:
-            return
-        ask = self.asks.pop(0)
-        engine = self.engines.get(ask.te)
-        if chaos and self.random.randrange(4) == 0:
-            error: DeepFlowError = DeadlineExceeded("silence")
-            self.do(self.delivery.replay_failed(ask.attempt, error, self.now))
-        elif engine is None or engine.attempt != ask.attempt:
-            self.do(self.delivery.replay_failed(ask.attempt, NotFound("unknown"), self.now))
-        else:
-            self.do(self.delivery.replayed(ask.attempt, engine.replay(ask.have), self.now))
-
-    def die(self) -> None:
-        if self.engines:
-            name = self.random.choice(sorted(self.engines))
-            del self.engines[name]
-            self.do(self.delivery.te_lost(name, self.now))
-
-    def wait(self) -> None:
-        self.now += self.random.choice((0.1, 0.5, 1.5))
-        self.do(self.delivery.tick(self.now, connected=True))
 
 
 @given(
@@ -210,36 +47,9 @@ def test_tokens_arrive_exactly_once_in_order(seed: int, lengths: list[int], num_
     """Whatever is lost, repeated, reordered or killed, the client gets the true tokens, then one end per choice."""
     random = Random(seed)
     world = World(random, [[random.randrange(1000) for _ in range(n)] for n in lengths])
-    for _ in range(num_steps):
-        random.choice(
-            (
-                lambda: world.submitted(chaos=True),
-                world.generate,
-                world.generate,
-                lambda: world.deliver(chaos=True),
-                lambda: world.deliver(chaos=True),
-                lambda: world.answer(chaos=True),
-                world.die,
-                world.wait,
-                lambda: world.do(world.delivery.reconnected(world.now)),
-                lambda: world.do(world.delivery.gap(world.delivery.te or "")),
-            )
-        )()
-    for _ in range(400):
-        if world.delivery.over:
-            break
-        world.submitted(chaos=False)
-        world.generate()
-        for _ in range(len(world.flying)):
-            world.deliver(chaos=False)
-        world.answer(chaos=False)
-        world.wait()
-    assert world.delivery.over
-    if "failed" in world.finished:
-        assert world.delivery.num_resubmissions > MAX_LOSSES
-        return
-    assert world.got == world.truth
-    assert world.finished == ["stop"] * len(lengths)
+    world.suffer(num_steps)
+    world.settle()
+    world.check()
 
 
 # ----------------------------------------------------------------------------------------------------- case by case
@@ -252,7 +62,7 @@ def test_a_gap_is_asked_for_and_what_came_after_it_is_kept() -> None:
     assert emitted(delivery.tokens("te", delta(0, [1]), 0.1)) == [1]
     assert delivery.tokens("te", delta(2, [3]), 0.2) == [Ask("te", 1, [1])]
     assert delivery.tokens("te", delta(3, [4]), 0.2) == []  # one question at a time
-    assert emitted(delivery.replayed(1, [delta(1, [2])], 0.3)) == [2, 3, 4]
+    assert emitted(delivery.replayed("te", 1, [delta(1, [2])], 0.3)) == [2, 3, 4]
 
 
 def test_an_overlap_is_trimmed() -> None:
@@ -281,7 +91,7 @@ def test_silence_is_probed_with_growing_patience() -> None:
     delivery.accepted(1, "je", "te", 0.0)
     assert delivery.tick(0.9, connected=True) == []
     assert delivery.tick(1.1, connected=True) == [Ask("te", 1, [0])]
-    delivery.replayed(1, [], 1.1)
+    delivery.replayed("te", 1, [], 1.1)
     assert delivery.tick(2.9, connected=True) == []
     assert delivery.tick(3.2, connected=True) == [Ask("te", 1, [0])]
 
@@ -299,7 +109,7 @@ def test_a_forgotten_request_is_submitted_again_with_its_tokens() -> None:
     """A TE that does not know the request any more makes it a loss, and no reason to avoid that TE."""
     delivery = make()
     delivery.tokens("te", delta(0, [1, 2]), 0.1)
-    actions = delivery.replay_failed(1, NotFound("?"), 2.0)
+    actions = delivery.replay_failed("te", 1, NotFound("?"), 2.0)
     assert [type(action) for action in actions] == [Drop, Submit]
     assert delivery.output == [[1, 2]]
     assert delivery.avoid == []

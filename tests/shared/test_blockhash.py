@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.blockhash import DIGEST_BYTES, chain, root
+from shared.blockhash import DIGEST_BYTES, chain, extend, root
 
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=100)
 ROOT = root(b"secret", "model", "16")
@@ -53,3 +53,28 @@ def test_roots_differ_by_tenant_and_by_part_boundaries() -> None:
 def test_the_chain_is_stable_across_versions() -> None:
     """The hash of a known page is this very value: every process and release must agree on it."""
     assert chain(bytes(16), range(16), 16)[0].hex() == "eedd4ec522e47583caadbe52d0e12ad4"
+
+
+@given(ids=st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=40), page=st.integers(1, 4))
+def test_what_follows_a_shared_prefix_is_each_tenants_own(ids: list[int], page: int) -> None:
+    """The same tokens after the same shared page have other hashes for every tenant, and none that a chain without the
+    keyed step, or from a root, would have."""
+    shared = chain(ROOT, ids[:page], page)[-1]
+    tails = [
+        chain(start, ids, page)
+        for start in (
+            shared,
+            extend(shared, b"alice"),
+            extend(shared, b"bob"),
+            extend(ROOT, b"alice"),
+            root(b"alice", shared.hex()),
+            root(b"alice"),
+        )
+    ]
+
+    assert len({digest for tail in tails for digest in tail}) == sum(map(len, tails))
+
+
+def test_the_extension_is_stable_across_versions() -> None:
+    """The step into a tenant's chain is this very value: every gateway and release must agree on it."""
+    assert extend(bytes(16), b"secret").hex() == "e16e2062271456f5227ddfcc4a9d9514"

@@ -26,10 +26,12 @@ from services.gateway.openai.fields import (
     wrong_type,
 )
 from shared.errors import InvalidRequest
+from shared.messages import Keep
 
 MAX_TEXT: Final = 64 * 1024 * 1024  # the body limit is what really bounds text
 MAX_PROMPTS: Final = 128
 MAX_CHOICES: Final = 256  # prompts times n
+MAX_CHUNKS: Final = 1024  # of a prompt
 MAX_IDS: Final = 4 * 1024 * 1024
 COMPLETION_TOKENS: Final = (
     16  # OpenAI's default for completions; a chat may use the rest of the context
@@ -75,6 +77,13 @@ class Order:
     ignore_eos: bool
     skip_special: bool
     logprobs: int | None  # alternatives beside each token; None: no logprobs
+    cache: str | None = None  # the context cache whose messages or text go before
+    # What the engine may take over from other prompts, an approximation: texts of a chat, or ranges of token ids.
+    chunk_texts: list[str] = field(default_factory=list)
+    chunks: list[list[int]] = field(default_factory=list)
+    # Computes a context cache: what is kept of it, and whether it is for all tenants. No caller's words set these.
+    keep: Keep | None = None
+    public: bool = False
 
     @property
     def chat(self) -> bool:
@@ -187,7 +196,25 @@ def _content(value: Any, name: str) -> str:
                 f"'{where}' is of type {shown!r}; only 'text' is supported", param=f"{where}.type"
             )
         texts.append(text(MAX_TEXT)(part.get("text"), f"{where}.text"))
+        if part.get("cache") is not None:
+            flag(part["cache"], f"{where}.cache")
     return "\n".join(texts)
+
+
+def _chunk_texts(messages: list[dict[str, Any]]) -> list[str]:
+    """Of checked messages, the parts with "cache": true."""
+    contents = (message["content"] for message in messages)
+    parts = (part for content in contents if type(content) is list for part in content)
+    return [part["text"] for part in parts if part.get("cache")]
+
+
+def _chunks(value: Any, name: str) -> list[list[int]]:
+    """Ranges [start, stop) of token ids, in order and apart."""
+    chunks: list[list[int]] = items(items(integer(0, MAX_IDS), 2, 2), 0, MAX_CHUNKS)(value, name)
+    ends = [end for chunk in chunks for end in chunk]
+    if ends != sorted(ends) or any(start == stop for start, stop in chunks):
+        raise out_of_range(name, "must be ranges [start, stop) in order, not empty, and apart")
+    return chunks
 
 
 def _stream_options(value: Any, name: str) -> dict[str, Any]:
@@ -234,6 +261,7 @@ SAMPLING: Final[dict[str, Field]] = {
     "skip_special_tokens": Field(flag, True),
     "user": Field(text(4096)),
     "service_tier": Field(one_of("auto", "default")),
+    "cache": Field(text(256, empty=False)),
 }
 CHAT: Final[dict[str, Field]] = {
     **SAMPLING,
@@ -249,6 +277,7 @@ CHAT: Final[dict[str, Field]] = {
 COMPLETION: Final[dict[str, Field]] = {
     **SAMPLING,
     "prompt": Field(_prompt),
+    "cache_chunks": Field(_chunks, []),
     "logprobs": Field(integer(0, 20)),
     "add_special_tokens": Field(flag, True),
 }
@@ -310,6 +339,7 @@ def read_chat(body: Any) -> Order:
     return _order(
         values,
         messages=values["messages"],
+        chunk_texts=_chunk_texts(body["messages"]),
         template_options={
             **values["chat_template_kwargs"],
             "add_generation_prompt": values["add_generation_prompt"],
@@ -326,7 +356,10 @@ def read_completion(body: Any) -> Order:
     _require(values, "prompt")
     if len(values["prompt"]) * values["n"] > MAX_CHOICES:
         raise out_of_range("n", f"prompts times n must be at most {MAX_CHOICES}")
-    return _order(values, prompts=values["prompt"], logprobs=values["logprobs"])
+    chunks, prompts = values["cache_chunks"], values["prompt"]
+    if chunks and (len(prompts) > 1 or type(prompts[0]) is str or len(prompts[0]) < chunks[-1][1]):
+        raise out_of_range("cache_chunks", "must be inside one 'prompt' of token ids")
+    return _order(values, prompts=prompts, chunks=chunks, logprobs=values["logprobs"])
 
 
 def _object(body: Any) -> dict[str, Any]:
@@ -350,7 +383,7 @@ def _order(values: dict[str, Any], **own: Any) -> Order:
     same = (
         *("model", "stream", "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k"),
         *("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-        *("seed", "stop", "stop_token_ids", "ignore_eos"),
+        *("seed", "stop", "stop_token_ids", "ignore_eos", "cache"),
     )
     return Order(
         **{name: values[name] for name in same},
