@@ -41,10 +41,11 @@ class Plan:
     """What is to be run."""
 
     models: tuple[str, ...]
-    num_workers: int  # TEs of each model
+    num_workers: int  # TEs of each model that both prefill and decode
     host: str
     port: int
     device: str
+    pd: str = ""  # the others, like 1p1d
     tp: int = 1  # executors that share each layer of a model
     pp: int = 1  # stages of layers
 
@@ -155,6 +156,7 @@ class Launcher:
             own |= {
                 "DEEPFLOW_MODELS": ",".join(self._plan.models),
                 "DEEPFLOW_WORKERS": str(self._plan.num_workers),
+                "DEEPFLOW_PD": self._plan.pd,
                 "DEEPFLOW_DEVICE": self._plan.device,
                 "DEEPFLOW_TP": str(self._plan.tp),
                 "DEEPFLOW_PP": str(self._plan.pp),

@@ -62,7 +62,16 @@ def up(
     model: Annotated[
         list[str] | None, typer.Option(help="A model to serve; may be given several times.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Engines (TEs) of each model.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=64, help="Engines (TEs) of each model: 1, with --pd beside it 0."),
+    ] = None,
+    pd: Annotated[
+        str,
+        typer.Option(
+            envvar="DEEPFLOW_PD", metavar="1p1d", help="Prefill and decode TEs of each model."
+        ),
+    ] = "",
     device: Annotated[Device, typer.Option(help="Where the engines compute.")] = Device.AUTO,
     tp: Annotated[
         int, typer.Option(envvar="DEEPFLOW_TP", min=1, max=64, help="Devices that share a layer.")
@@ -79,7 +88,15 @@ def up(
     """Start the platform: bus, gateway, scheduler, worker and cache. Ctrl-C stops it."""
     from deepflow.cli import up as command
     from deepflow.cli.launcher import Plan
+    from services.worker.settings import read_pd
 
+    try:
+        read_pd(pd)
+    except ConfigError as error:
+        fail(str(error), EXIT_CODE)
+    num_workers = (0 if pd else 1) if workers is None else workers
+    if not num_workers and not pd:
+        fail("--workers 0 leaves nobody to serve: say how to split the roles with --pd")
     if device in (Device.CUDA, Device.NPU):
         from deepflow.doctor.doctor import here, require
 
@@ -87,7 +104,8 @@ def up(
             require(here(), device.value)
     plan = Plan(
         models=tuple(model or [command.DEFAULT_MODEL]),
-        num_workers=workers,
+        num_workers=num_workers,
+        pd=pd,
         host=host,
         port=port,
         device=device.value,

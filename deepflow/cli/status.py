@@ -73,6 +73,7 @@ def describe(
             services.append({"name": name, "id": reply.id, "pid": reply.pid, **body})
         elif beat is not None:
             load = {
+                "role": beat.role,
                 "state": beat.state,
                 "running": beat.running,
                 "waiting": beat.waiting,
@@ -81,13 +82,14 @@ def describe(
                 "blocks_total": beat.blocks_total,
                 "blocks_used": beat.blocks_used,
                 "blocks_cached": beat.blocks_cached,
+                "blocks_leased": beat.blocks_leased,
+                "blocks_reserved": beat.blocks_reserved,
                 "step": beat.step,
                 "step_ms": beat.step_ms,
                 "progress_ms": beat.progress_ms,
             }
             where = {"id": reply.id, "model": beat.model, "pid": reply.pid, "pod": beat.pod}
-            # A TE that both prefills and decodes; the other roles come with their groups.
-            tes.append({**body, **where, "role": "colocated", **load})
+            tes.append({**body, **where, **load})
     return {"services": services, "tes": tes, "models": instance.models, "url": instance.url}
 
 
@@ -98,11 +100,12 @@ def _tables(found: dict[str, Any]) -> None:
         up = f"{one['uptime_s']:.0f} s" if "uptime_s" in one else ""
         ready = "yes" if one.get("ready") else "no"
         services.add_row(one["name"], one["id"], str(one["pid"]), ready, up)
-    tes = Table("TE", "model", "pid", "state", "running", "waiting", "KV used", "cached", box=None)
+    columns = ("TE", "model", "role", "pid", "state", "running", "waiting", "KV used", "cached")
+    tes = Table(*columns, box=None)
     for te in found["tes"]:
         total = max(1, te["blocks_total"])
         tes.add_row(
-            *(te["id"], te["model"], str(te["pid"]), te["state"]),
+            *(te["id"], te["model"], te["role"], str(te["pid"]), te["state"]),
             *(str(te["running"]), str(te["waiting"])),
             *(f"{te['blocks_used'] / total:.0%}", f"{te['blocks_cached'] / total:.0%}"),
         )

@@ -6,16 +6,20 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Final
 
 from deepflow.cli import models
 from deepflow.cli.home import Home, Instance
 from deepflow.cli.launcher import Launcher, Plan
 from deepflow.cli.screen import console, errors, fail, say
+from shared.arena.place import arena_dir
+from shared.config import Reader
 from shared.errors import DeepFlowError
 
 DEFAULT_MODEL: Final = "smollm2-135m"
@@ -31,15 +35,7 @@ def up(home: Home, plan: Plan, *, detach: bool) -> int:
         names = [models.ensure(home, reference).name for reference in plan.models]
     except DeepFlowError as error:
         fail(error.message)
-    plan = Plan(
-        models=tuple(dict.fromkeys(names)),
-        num_workers=plan.num_workers,
-        host=plan.host,
-        port=plan.port,
-        device=plan.device,
-        tp=plan.tp,
-        pp=plan.pp,
-    )
+    plan = replace(plan, models=tuple(dict.fromkeys(names)))
     return _detached(home, plan) if detach else _foreground(home, plan)
 
 
@@ -54,7 +50,21 @@ def _foreground(home: Home, plan: Plan) -> int:
     except DeepFlowError as error:
         fail(error.message)
     finally:
+        _remove_arena(home)
         home.release()
+
+
+def _remove_arena(home: Home) -> None:
+    """The KV cache that this instance kept in memory, unless somebody said where: then others may share it."""
+    if os.environ.get("DEEPFLOW_ARENA_DIR", "").strip():
+        return
+    folder = arena_dir(Reader({}), home.path)
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return  # there was none
+    except OSError as error:
+        say(f"{folder} is left behind: {error}")
 
 
 def _announce(instance: Instance, started: float) -> None:
@@ -83,7 +93,8 @@ def _detached(home: Home, plan: Plan) -> int:
     log = home.log("launcher")
     command = [sys.executable, "-m", "deepflow.cli.main", "up", "--host", plan.host]
     command += ["--port", str(plan.port), "--workers", str(plan.num_workers)]
-    command += ["--device", plan.device, "--tp", str(plan.tp), "--pp", str(plan.pp)]
+    command += ["--pd", plan.pd, "--device", plan.device]
+    command += ["--tp", str(plan.tp), "--pp", str(plan.pp)]
     for model in plan.models:
         command += ["--model", model]
     with log.open("wb") as output:

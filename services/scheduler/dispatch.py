@@ -2,7 +2,7 @@
 
 What an answer means:
 - `Accepted`: the TE owes the client the end of every choice from now on.
-- `Overloaded`: it is full; the next candidate is asked, `MAX_TRIES` in all.
+- `Overloaded`: it is full; the next candidate is asked, `MAX_TRIES` of each role in all.
 - `Unavailable` (nobody listens, or it drains) and `NotFound` (it does not run the model): nothing was accepted, next
   candidate, and none for this JE until the TE beats again.
 - silence, or a fault inside the TE: **ambiguous**, it may have accepted. Giving the same attempt to another TE could
@@ -10,6 +10,9 @@ What an answer means:
   (request, attempt). So the JE cancels the attempt at that TE and fails it with `Unavailable(retry_after_s=0)`: the
   gateway resubmits as the next attempt, which makes whatever the silent TE still sends stale everywhere.
 - any other failure (too long, malformed): every TE would say the same, so it goes to the client as it is.
+
+Where a role has no TE, or none with room, the next role's are asked (`policy.order_for`); a decode task that no decode
+TE takes goes back to the TE that prefilled it, which has the pages.
 
 This module must not know parking, plans, or clients.
 """
@@ -22,11 +25,11 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Final
 
-from services.scheduler.policy import MAX_TRIES, Costs, Decision, order
+from services.scheduler.policy import DECODE, Costs, Decision, order_for, shortlist
 from services.scheduler.registry import Registry
 from shared.bus import Bus
 from shared.errors import DeepFlowError, InvalidRequest, NotFound, Overloaded, TooLarge, Unavailable
-from shared.messages import Accepted, Cancel, Request, Task, TaskKind
+from shared.messages import Accepted, Cancel, Handover, Request, Task, TaskKind
 from shared.metrics import Metrics
 
 _DECISION_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
@@ -68,7 +71,13 @@ class Dispatcher:
         )
 
     async def dispatch(
-        self, request: Request, *, job: str, task: str, kind: TaskKind
+        self,
+        request: Request,
+        *,
+        job: str,
+        task: str,
+        kind: TaskKind,
+        handover: Handover | None = None,
     ) -> str | None:
         """The TE that accepted the task, or None if no candidate could be reached (the request may be parked).
 
@@ -76,29 +85,35 @@ class Dispatcher:
         matter open, or the error with which a TE refused the request itself.
         """
         started = self._clock()
+        candidates = self._registry.candidates(request.model, started, request.avoid)
+        ordered = order_for(kind, candidates, self._random)
+        if handover is not None:
+            ordered += [c for c in candidates if c.te == handover.te and c.role != DECODE]
         decision = Decision(
             request=request.request,
             attempt=request.attempt,
             model=request.model,
-            work_s=self._costs.work_s(request),
-            candidates=order(
-                self._registry.candidates(request.model, started, request.avoid), self._random
-            ),
+            kind=kind,
+            work_s=self._costs.work_s(request, kind),
+            candidates=ordered,
         )
         self._decisions.append(decision)
+        message = Task(
+            task=task, job=job, je=self._je, kind=kind, request=request, handover=handover
+        )
         try:
-            return await self._ask(
-                decision, request, Task(task=task, job=job, je=self._je, kind=kind, request=request)
-            )
+            return await self._ask(decision, message)
         finally:
             self._seconds.observe(self._clock() - started)
 
-    async def _ask(self, decision: Decision, request: Request, task: Task) -> str | None:
+    async def _ask(self, decision: Decision, task: Task) -> str | None:
+        request = task.request
+        # What a prefill leaves behind is not held for long.
+        num_tokens = 0 if task.kind is TaskKind.PREFILL else self._costs.num_tokens(request)
         full: list[Overloaded] = []
-        for candidate in decision.candidates[:MAX_TRIES]:
-            te = candidate.te
+        for te in (candidate.te for candidate in shortlist(decision.candidates)):
             # Counted from the question on, not from the answer: a burst must not find the same TE idle.
-            self._registry.dispatched(te, task.task, decision.work_s, self._clock())
+            self._registry.dispatched(te, task.task, decision.work_s, self._clock(), num_tokens)
             try:
                 await self._bus.request(
                     self._bus.subjects.task(te), task, Accepted, timeout_s=self._timeout_s
@@ -124,7 +139,7 @@ class Dispatcher:
                 decision.chosen = te
                 self._answers.labels("accepted").inc()
                 # Again: beats that left the TE before it knew of the task have not settled it.
-                self._registry.dispatched(te, task.task, decision.work_s, self._clock())
+                self._registry.dispatched(te, task.task, decision.work_s, self._clock(), num_tokens)
                 return te
         if full:
             raise Overloaded(
@@ -155,10 +170,13 @@ class Dispatcher:
                 "request": decision.request,
                 "attempt": decision.attempt,
                 "model": decision.model,
+                "kind": decision.kind.value,
                 "work_s": round(decision.work_s, 4),
                 "candidates": [
                     {
                         "te": c.te,
+                        "role": c.role,
+                        "kv_use": round(c.kv_use, 3),
                         "outstanding_s": round(c.outstanding_s, 4),
                         "dispatched_s": round(c.dispatched_s, 4),
                         "avoid": c.avoid,

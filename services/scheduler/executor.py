@@ -4,23 +4,26 @@ A request is decided at once (a TE accepts it, or it is refused), or parked whil
 dispatched, cancelled or failed: exactly one terminal frame per choice in every case. The newest attempt of a request
 wins; older ones are cancelled wherever they are. A parked request whose TE stays ambiguous, or whose JE leaves, is
 failed with `Unavailable(retry_after_s=0)`, which tells its gateway to resubmit at once; past its budget the hint is
-positive and meant for the client. This module must not know subscriptions, signals, or how a TE is chosen.
+positive and meant for the client. A request may be split over two TEs (`handover`). This module must not know
+subscriptions, signals, or how a TE is chosen.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from services.scheduler.dispatch import Dispatcher
-from services.scheduler.job import JobKind, Plan, State, Task, serve
+from services.scheduler.clients import Clients
+from services.scheduler.handover import Active, Handovers
+from services.scheduler.job import JobKind, State, serve
 from services.scheduler.parking import Parked, ParkingLot
 from services.scheduler.registry import Registry
 from shared import log
-from shared.bus import Bus, failure
+from shared.bus import failure
 from shared.errors import (
     DeadlineExceeded,
     DeepFlowError,
@@ -32,36 +35,19 @@ from shared.errors import (
 from shared.messages import (
     Accepted,
     Cancel,
-    Delta,
     Failure,
     ModelEntry,
-    Progress,
+    Prefilled,
     Request,
     TaskEnded,
-    Tokens,
 )
 
 PROGRESS_S: Final = 1.0
 _RETRY_AFTER_S: Final = 5.0  # told to a client whose model had no TE for its whole park budget
-_SERVED: Final = (JobKind.CHAT, JobKind.COMPLETION)
+_SERVED: Final = (JobKind.CHAT, JobKind.COMPLETION, JobKind.CACHE)
 _MAX_ACTIVE: Final = 65_536
-_MAX_CLIENTS: Final = 4096
 _OVERDUE_S: Final = 60.0  # an active request this far past its deadline has ended unheard
-
-
-@dataclass(slots=True, kw_only=True)
-class _Active:
-    """A request this JE answers for: on its way to a TE, parked, or at a TE until that says it ended."""
-
-    plan: Plan
-    client: str
-    until: float
-    cancelled: bool = False  # while a TE was being asked: to be told to whoever accepts
-
-    @property
-    def task(self) -> Task:
-        """The one task of what is served so far."""
-        return self.plan.jobs[0].tasks[0]
+_HANDED_S: Final = 10.0  # a prefill whose pages nobody was told of so long after its end is the gateway's to repeat
 
 
 class JobExecutor:
@@ -69,9 +55,9 @@ class JobExecutor:
 
     def __init__(
         self,
-        bus: Bus,
         registry: Registry,
-        dispatcher: Dispatcher,
+        handovers: Handovers,
+        clients: Clients,
         lot: ParkingLot,
         tasks: asyncio.TaskGroup,
         *,
@@ -81,17 +67,17 @@ class JobExecutor:
     ) -> None:
         self.je = je
         self.lot = lot
-        self._bus = bus
         self._registry = registry
-        self._dispatcher = dispatcher
+        self._handovers = handovers
+        self._clients = clients
         self._tasks = tasks
         self._find_model = find_model
         self._clock = clock
         self._log = log.get(service="scheduler", id=je)
-        self._active: dict[str, _Active] = {}  # by request id, oldest first
-        self._frames: dict[str, int] = {}  # client -> frames sent to it
+        self._active: dict[str, Active] = {}  # by request id, oldest first
         self._unparking: dict[str, asyncio.Task[None]] = {}  # a loop per model that has both
         self._leaving = False
+        self._forgot = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._active)
@@ -109,11 +95,8 @@ class JobExecutor:
             return self._repeat(request, known)
         if len(self._active) >= _MAX_ACTIVE:
             raise Overloaded("this job executor has its hands full", retry_after_s=1.0)
-        name = f"{request.request}.{request.attempt}"
-        active = _Active(
-            plan=serve(
-                JobKind(request.kind), request.request, request.attempt, job=name, task=f"{name}.0"
-            ),
+        active = Active(
+            plan=serve(JobKind(request.kind), request.request, request.attempt),
             client=request.client,
             until=self._clock() + request.deadline_ms / 1000 + _OVERDUE_S,
         )
@@ -132,7 +115,7 @@ class JobExecutor:
             raise
         return Accepted(request=request.request, attempt=request.attempt, by=self.je, te=te)
 
-    def _repeat(self, request: Request, known: _Active) -> Accepted:
+    def _repeat(self, request: Request, known: Active) -> Accepted:
         """The answer to an attempt that is known already, or older than the known one."""
         same = known.plan.attempt == request.attempt
         placing = known.task.te is None and request.request not in self.lot
@@ -142,22 +125,17 @@ class JobExecutor:
             request=request.request, attempt=request.attempt, by=self.je, te=known.task.te
         )
 
-    async def _dispatch(self, request: Request, active: _Active) -> str | None:
-        """Places the plan's task; None if no TE could be reached. Raises as `Dispatcher.dispatch` does."""
-        task = active.task
-        te = await self._dispatcher.dispatch(
-            request, job=active.plan.jobs[0].id, task=task.id, kind=task.kind
-        )
-        if te is not None:
-            if task.state is State.READY:  # else its end overtook the answer
-                active.plan.start(task.id, te)
-            if active.cancelled:  # meanwhile, and nobody else knows which TE to tell
-                await self._cancel(Cancel(request=request.request, attempt=request.attempt), active)
-        return te
+    async def _dispatch(self, request: Request, active: Active) -> str | None:
+        """Places the first task, split or whole; None if no TE could be reached. Raises as the dispatcher does."""
+        if await self._handovers.worthwhile(request):
+            te = await self._handovers.prefill(request, active)
+            if te is not None:
+                return te
+        return await self._handovers.ask(request, active)
 
     # ------------------------------------------------------------------------------------------------------ parking
 
-    async def _park(self, request: Request, active: _Active) -> None:
+    async def _park(self, request: Request, active: Active) -> None:
         exists = self._registry.group(request.model) or await self._find_model(request.model)
         if not exists:
             raise ModelNotFound(f"the model {request.model!r} does not exist", param="model")
@@ -239,18 +217,44 @@ class JobExecutor:
         active = self._active.get(ended.request)
         if active is None or active.plan.attempt != ended.attempt:
             return
-        if active.task.state is State.READY:  # overtook the TE's answer, which is still under way
-            active.plan.start(active.task.id, ended.te)
+        plan, task = active.plan, active.task
+        if task.id != ended.task or task.state.terminal:
+            return
+        if ended.finish == "handed":  # what matters is told by `Prefilled`, unless that is lost
+            active.until = min(active.until, self._clock() + _HANDED_S)
+            return
+        if task.state is State.READY:  # overtook the TE's answer, which is still under way
+            plan.start(task.id, ended.te)
         if ended.finish == "failed":
-            active.plan.fail(active.task.id)
-        elif ended.finish == "cancelled":
-            active.plan.cancel()
-        else:
-            active.plan.finish(active.task.id)
+            plan.fail(task.id)
+        elif ended.finish != "cancelled":
+            plan.finish(task.id)
+        plan.cancel()  # after a first token that was the last one, the decode task
         self._forget(ended.request, active)
+        # The first TE of a pair holds its pages until the second has them, which may not have wanted them.
+        done = Cancel(request=ended.request, attempt=ended.attempt)
+        for te in active.tes():
+            if te != ended.te:
+                self._tasks.create_task(self._handovers.cancel(te, done), name="release")
+
+    def on_prefilled(self, prefilled: Prefilled) -> None:
+        """`events.<je>`: a prefill task of ours is done, and its request goes on somewhere."""
+        active = self._active.get(prefilled.request)
+        if active is None or active.plan.attempt != prefilled.attempt:
+            self._tasks.create_task(self._handovers.drop(prefilled), name="drop")
+            return
+        request = active.request
+        if request is not None and self._handovers.done(prefilled, active):
+            active.until = self._clock() + request.deadline_ms / 1000 + _OVERDUE_S
+            self._tasks.create_task(self._hand_over(prefilled, active, request), name="hand-over")
+
+    async def _hand_over(self, prefilled: Prefilled, active: Active, request: Request) -> None:
+        if not await self._handovers.place(prefilled, active, request):
+            self._forget(prefilled.request, active)
+        self._forgot.set()
 
     def on_te_lost(self, te: str) -> None:
-        """Its requests are resubmitted by their gateways, not by us."""
+        """Its requests are resubmitted by their gateways, not by us; what it has prefilled is computed again."""
         for request, active in list(self._active.items()):
             if active.task.te == te:
                 self._forget(request, active)
@@ -262,24 +266,35 @@ class JobExecutor:
             if active.client == client:
                 active.cancelled = True
                 self._forget(request, active)
-        self._frames.pop(client, None)
+        self._clients.forget(client)
 
-    async def leave(self) -> None:
-        """No more requests come: what is parked goes back to its gateways, which ask another JE."""
+    async def leave(self, grace_s: float) -> None:
+        """No more requests come: what is parked goes back to its gateways, which ask another JE, and what is being
+        prefilled is handed over, if it comes within the grace."""
         self._leaving = True
         if self._unparking:
             await asyncio.wait(self._unparking.values())
         for parked in list(self.lot):
             self.lot.take(parked.request.request)
             await self._end(parked, "failed", _LEAVING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while any(active.request is not None for active in self._active.values()):
+                    self._forgot.clear()
+                    await self._forgot.wait()
 
     # ------------------------------------------------------------------------------------------------------- endings
 
-    async def _cancel(self, cancel: Cancel, active: _Active) -> None:
+    async def _cancel(self, cancel: Cancel, active: Active) -> None:
         """Ends an attempt wherever it is: at its TE, in the lot, or between the two."""
-        if active.task.te is not None:
-            await self._publish_cancel(active.task.te, cancel)
-        elif cancel.choice is not None:
+        between = active.request is not None  # two TEs, of which only we shall know the second
+        active.cancelled = active.cancelled or between
+        tes = active.tes()
+        for te in tes:
+            await self._handovers.cancel(te, cancel)
+        if tes or between:
+            return
+        if cancel.choice is not None:
             self._cancel_choice(cancel)
         elif (parked := self.lot.take(cancel.request)) is not None:
             await self._end(parked, "cancelled")
@@ -294,13 +309,6 @@ class JobExecutor:
                 assert cancel.choice is not None
                 parked.request = replace(request, ended=[*request.ended, cancel.choice])
 
-    async def _publish_cancel(self, te: str, cancel: Cancel) -> None:
-        try:
-            await self._dispatcher.cancel(te, cancel)
-        except DeepFlowError as error:
-            # The bus is away; the gateway cancels as well, and its silence counts too.
-            self._log.warning("cancel_lost", te=te, request=cancel.request, error=error.message)
-
     async def _end(self, parked: Parked, finish: str, why: Failure | None = None) -> None:
         """The terminal frame of a parked request: one delta for every choice that is not over."""
         request = parked.request
@@ -308,50 +316,17 @@ class JobExecutor:
         active = self._active.get(request.request)
         if active is not None and active.plan is parked.plan:
             self._forget(request.request, active)
-        deltas = [
-            Delta(
-                request=request.request,
-                attempt=request.attempt,
-                choice=choice,
-                index=len(request.output[choice]) if choice < len(request.output) else 0,
-                ids=[],
-                finish=finish,
-                failure=why,
-            )
-            for choice in range(request.sampling.n)
-            if choice not in request.ended
-        ]
-        seq = self._frames.pop(request.client, 0) + 1
-        self._frames[request.client] = seq
-        if len(self._frames) > _MAX_CLIENTS:
-            del self._frames[next(iter(self._frames))]
         self._log.info("parked_request_ended", request=request.request, finish=finish)
-        await self._tell(request.client, Tokens(source=self.je, seq=seq, deltas=deltas))
+        await self._clients.end(request, finish, why)
 
-    def _forget(self, request: str, active: _Active) -> None:
+    def _forget(self, request: str, active: Active) -> None:
         if self._active.get(request) is active:
             del self._active[request]
+            self._forgot.set()
 
     async def _tell_progress(self, parked: Parked, state: str, te: str | None = None) -> None:
-        now = self._clock()
-        request = parked.request
-        parked.told = now
-        progress = Progress(
-            source=self.je,
-            request=request.request,
-            attempt=request.attempt,
-            state=state,
-            te=te,
-            waited_ms=int((now - parked.since) * 1000),
-        )
-        await self._tell(request.client, progress)
-
-    async def _tell(self, client: str, message: Progress | Tokens) -> None:
-        try:
-            await self._bus.publish(self._bus.subjects.tokens(client), message)
-        except DeepFlowError as error:
-            # The bus's buffer is full; the gateway itself ends the request at the deadline.
-            self._log.warning("frame_lost", client=client, error=error.message)
+        parked.told = now = self._clock()
+        await self._clients.progress(parked.request, state, te, now - parked.since)
 
 
 _LEAVING: Final = Failure(

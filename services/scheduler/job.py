@@ -16,10 +16,11 @@ from shared.messages import TaskKind
 
 
 class JobKind(StrEnum):
-    """What a job is for. The first two come from `Request.kind`; a fine-tune is the last three, one after another."""
+    """What a job is for. The first three come from `Request.kind`; a fine-tune is the last three, one after another."""
 
     CHAT = "chat"
     COMPLETION = "completion"
+    CACHE = "cache"  # a prompt is computed so that its pages can be kept
     EMBEDDING = "embedding"
     BATCH = "batch"
     PREPROCESS = "preprocess"
@@ -160,10 +161,19 @@ class Plan:
                     self._move(task, State.READY)
 
 
-def serve(kind: JobKind, request: str, attempt: int, *, job: str, task: str) -> Plan:
-    """The plan of a chat or completion on a colocated TE: one job, one task."""
-    tasks = [Task(id=task, kind=TaskKind.GENERATE)]
+def serve(kind: JobKind, request: str, attempt: int) -> Plan:
+    """The plan of a request that one TE serves: one job, one task."""
+    job = f"{request}.{attempt}"
+    tasks = [Task(id=f"{job}.0", kind=TaskKind.GENERATE)]
     return Plan(request, attempt, [Job(id=job, kind=kind, tasks=tasks)])
+
+
+def split(kind: JobKind, request: str, attempt: int) -> Plan:
+    """The plan of a request that one TE prefills and another decodes: one job, a pair of tasks."""
+    job = f"{request}.{attempt}"
+    prefill = Task(id=f"{job}.prefill", kind=TaskKind.PREFILL)
+    decode = Task(id=f"{job}.decode", kind=TaskKind.DECODE, after=(prefill.id,))
+    return Plan(request, attempt, [Job(id=job, kind=kind, tasks=[prefill, decode])])
 
 
 def _merge(states: Iterable[State]) -> State:

@@ -1,8 +1,8 @@
 """The TEs this JE knows: life and load from their beats, and what it has given them since.
 
-A TE group is all TEs of one model. A beat is the only proof of life; the registrations table is a hint that says who
-should be here (`silent` names those who are not). A `Down` is final, because an instance name carries its boot id.
-Pure: the clock is passed in; this module must not know the bus.
+A TE group is all TEs of one model in one role. A beat is the only proof of life; the registrations table is a hint
+that says who should be here (`silent` names those who are not). A `Down` is final, because an instance name carries its
+boot id. Pure: the clock is passed in; this module must not know the bus.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ STALL_MS: Final = 1500  # a TE without progress for this long beyond its predict
 SETTLE_S: Final = 0.1  # a beat younger than this after a dispatch may have left the TE before it
 _SUSPECT_S: Final = 2.0
 _MAX_DEAD: Final = 1024
+_PAGE: Final = 16  # tokens; of a TE whose registration has not been read yet
 
 
 @dataclass(slots=True)
 class _Te:
     beat: TeBeat
-    # task -> (when it was asked or accepted, its predicted work in seconds)
-    dispatched: dict[str, tuple[float, float]] = field(default_factory=dict)
+    # task -> (when it was asked or accepted, its predicted work in seconds, the tokens of KV it will need)
+    dispatched: dict[str, tuple[float, float, int]] = field(default_factory=dict)
     suspect_until: float = 0.0
     reachable: bool = True  # False from an unanswered subject until the next beat
 
@@ -37,7 +38,7 @@ class Registry:
         self._liveness = liveness
         self._tes: dict[str, _Te] = {}
         self._dead: dict[str, None] = {}  # the latest `Down`s: a late beat changes nothing
-        self._registered: frozenset[str] = frozenset()
+        self._pages: dict[str, int] = {}  # registered TE -> tokens of one of its KV pages
 
     # ------------------------------------------------------------------------------------------------ life and load
 
@@ -54,7 +55,7 @@ class Registry:
         if te is None:
             te = self._tes[beat.id] = _Te(beat)
         te.beat, te.reachable = beat, True
-        for task, (when, _) in list(te.dispatched.items()):
+        for task, (when, _, _) in list(te.dispatched.items()):
             if now - when > SETTLE_S:  # the beat's own prediction contains it by now
                 del te.dispatched[task]
         return beat.state == "ready" and not was_candidate
@@ -84,10 +85,12 @@ class Registry:
 
     # --------------------------------------------------------------------------------------------- what dispatch saw
 
-    def dispatched(self, te: str, task: str, work_s: float, now: float) -> None:
+    def dispatched(
+        self, te: str, task: str, work_s: float, now: float, num_tokens: int = 0
+    ) -> None:
         """`te` is asked to take `task`, or has accepted it: counts until a beat contains it or the task ends."""
         if te in self._tes:
-            self._tes[te].dispatched[task] = (now, work_s)
+            self._tes[te].dispatched[task] = (now, work_s, num_tokens)
 
     def ended(self, te: str, task: str) -> None:
         """The TE is done with the task."""
@@ -113,8 +116,10 @@ class Registry:
             Candidate(
                 te=name,
                 outstanding_s=te.beat.outstanding_s,
-                dispatched_s=sum(work_s for _, work_s in te.dispatched.values()),
+                dispatched_s=sum(work_s for _, work_s, _ in te.dispatched.values()),
                 avoid=name in avoided or now < te.suspect_until,
+                role=te.beat.role,
+                kv_use=self._kv_use(te),
             )
             for name, te in self._tes.items()
             if te.beat.model == model and te.beat.state == "ready" and te.reachable
@@ -123,6 +128,12 @@ class Registry:
     def ready(self, model: str) -> bool:
         """Whether `model` has a candidate."""
         return bool(self.candidates(model, 0.0))
+
+    def _kv_use(self, te: _Te) -> float:
+        page = self._pages.get(te.beat.id) or _PAGE
+        given = sum(-(-tokens // page) for _, _, tokens in te.dispatched.values())
+        blocks = te.beat.blocks_used + te.beat.blocks_reserved + given
+        return blocks / max(1, te.beat.blocks_total)
 
     def group(self, model: str) -> list[TeBeat]:
         """The last beats of all live TEs of `model`, loading and draining ones too."""
@@ -134,8 +145,8 @@ class Registry:
 
     def registrations(self, registrations: Iterable[Registration]) -> None:
         """The table as read just now."""
-        self._registered = frozenset(r.id for r in registrations if r.kind == "te")
+        self._pages = {r.id: r.page for r in registrations if r.kind == "te"}
 
     def silent(self) -> list[str]:
         """Registered TEs that do not beat: gone without a farewell, or cut off from here."""
-        return sorted(self._registered - self._tes.keys())
+        return sorted(self._pages.keys() - self._tes.keys())

@@ -7,8 +7,10 @@ import time
 from random import Random
 from typing import Any
 
+from services.scheduler.clients import Clients
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.executor import JobExecutor
+from services.scheduler.handover import Handovers
 from services.scheduler.parking import ParkingLot
 from services.scheduler.registry import Registry
 from services.scheduler.settings import SchedulerSettings
@@ -21,6 +23,7 @@ from shared.messages import (
     Cancel,
     Down,
     ModelEntry,
+    Prefilled,
     Registration,
     Request,
     TaskEnded,
@@ -61,10 +64,21 @@ class Scheduler:
             max_bytes=settings.park_max_bytes,
             max_park_s=settings.park_max_s,
         )
-        self._executor = JobExecutor(
+        clients = Clients(service.bus, service.id)
+        handovers = Handovers(
             service.bus,
             self._registry,
             self._dispatcher,
+            clients,
+            service.metrics,
+            je=service.id,
+            min_tokens=settings.pd_min_tokens,
+            find_model=self._find_model,
+        )
+        self._executor = JobExecutor(
+            self._registry,
+            handovers,
+            clients,
             self._lot,
             service.tasks,
             je=service.id,
@@ -99,7 +113,7 @@ class Scheduler:
         await bus.listen(subjects.beat("gateway", "*"), (Beat,), self._on_client_beat)
         await bus.listen(subjects.down("*", "*"), (Down,), self._on_down)
         await bus.listen(subjects.cancel(service.id), (Cancel,), self._executor.on_cancel)
-        await bus.listen(subjects.events(service.id), (TaskEnded,), self._on_ended)
+        await bus.listen(subjects.events(service.id), (TaskEnded, Prefilled), self._on_event)
         await self._refresh()
         intake = await bus.serve(
             subjects.request("*"),
@@ -140,9 +154,12 @@ class Scheduler:
         elif self._clients.down(down.id):
             self._executor.on_client_lost(down.id)
 
-    def _on_ended(self, ended: TaskEnded) -> None:
-        self._ended.labels(ended.finish).inc()
-        self._executor.on_ended(ended)
+    def _on_event(self, event: object) -> None:
+        if isinstance(event, Prefilled):
+            self._executor.on_prefilled(event)
+        elif isinstance(event, TaskEnded):
+            self._ended.labels(event.finish).inc()
+            self._executor.on_ended(event)
 
     def _on_disconnect(self) -> None:
         self._registry.hold()
@@ -194,7 +211,7 @@ class Scheduler:
 
     async def _leave(self, intake: Subscription) -> None:
         await intake.drain()
-        await self._executor.leave()
+        await self._executor.leave(self._service.settings.grace_s)
         await self._service.bus.flush()
 
     # --------------------------------------------------------------------------------------------------- what is told
@@ -217,6 +234,7 @@ class Scheduler:
                 {
                     "id": beat.id,
                     "model": beat.model,
+                    "role": beat.role,
                     "state": beat.state,
                     "running": beat.running,
                     "waiting": beat.waiting,

@@ -42,9 +42,10 @@ _LAST_WORDS_S: Final = 5.0  # beyond its grace, what a TE gets to say its last w
 class Place:
     """Where one TE of a model lives, one process after the other."""
 
-    def __init__(self, model: str, label: str) -> None:
+    def __init__(self, model: str, label: str, role: str) -> None:
         self.model = model
         self.label = label  # on metrics
+        self.role = role
         self.devices: dict[str, str] = {}  # the variable that shows it its accelerators
         self.restarts = Restarts()
         self.child: Child | None = None
@@ -56,7 +57,7 @@ class Place:
 
 
 class Pod:
-    """Supervises `num_tes` TEs of each model until the service stops."""
+    """Supervises the TEs of each model, of every role, until the service stops."""
 
     def __init__(self, service: Service[WorkerSettings], env: Mapping[str, str]) -> None:
         self._service = service
@@ -67,10 +68,16 @@ class Pod:
         self._meters = Meters(service.metrics)
         self._registrar = Registrar(service.bus, service.log)
         self._liveness = Liveness(HUNG_S)
+        settings = self._settings
+        roles = (
+            ["colocated"] * settings.num_colocated
+            + ["prefill"] * settings.num_prefill
+            + ["decode"] * settings.num_decode
+        )
         self._places = [
-            Place(model, str(number))
-            for model in self._settings.models
-            for number in range(self._settings.num_tes)
+            Place(model, str(number), role)
+            for model in settings.models
+            for number, role in enumerate(roles)
         ]
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -130,6 +137,7 @@ class Pod:
             self._settings,
             model=place.model,
             pod=self._service.id,
+            role=place.role,
             devices=place.devices,
         )
         place.te, place.verdict, place.state = "", "", "starting"
@@ -224,6 +232,7 @@ class Pod:
                 {
                     "id": place.te,
                     "model": place.model,
+                    "role": place.role,
                     "state": place.state,
                     "pid": place.child.pid if place.child is not None else None,
                 }

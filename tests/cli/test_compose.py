@@ -17,6 +17,7 @@ import yaml
 
 from deepflow.cli.launcher import DRAIN_ORDER
 from deepflow.deploy.nats_config import PRODUCER
+from services.worker.settings import WorkerSettings
 from tests.cli import machine
 from tests.cli.machine import ROOT, Machine
 from tests.worker.tiny import make_tiny
@@ -90,6 +91,40 @@ def test_a_service_sees_its_own_secrets_only(described: dict[str, Any]) -> None:
             kind = "worker" if name in WORKERS.values() else name
             assert [volume for volume, *_ in secrets] == [f"{kind}-secret"]
             assert all(options == ["ro"] for *_, options in ([v[0], v[1], v[2:]] for v in secrets))
+
+
+def test_the_arena_is_the_caches_and_the_workers(described: dict[str, Any], profile: str) -> None:
+    """They alone share a folder in memory, at one path, of a size above the arena's, that the images' user owns."""
+    holders = {
+        name: [volume for volume in service["volumes"] if str(volume).startswith("arena:")]
+        for name, service in described["services"].items()
+    }
+    assert {name for name, mounts in holders.items() if mounts} == {"cache", WORKERS[profile]}
+    cache = described["services"]["cache"]
+    for name in ("cache", WORKERS[profile]):
+        environment = described["services"][name]["environment"]
+        assert holders[name] == [f"arena:{environment['DEEPFLOW_ARENA_DIR']}"]
+        assert environment["DEEPFLOW_FABRIC"] == "127.0.0.1"
+    options = described["volumes"]["arena"]["driver_opts"]
+    assert (options["type"], options["device"]) == ("tmpfs", "tmpfs")
+    made = dict(one.split("=") for one in options["o"].split(","))
+    dockerfile = (ROOT / cache["build"]["dockerfile"]).read_text()
+    assert f"--uid {made['uid']} " in dockerfile
+    assert made["mode"] == "0700"
+    assert int(made["size"].rstrip("g")) << 30 > int(cache["environment"]["DEEPFLOW_ARENA_BYTES"])
+
+
+def test_roles_are_split_by_a_variable() -> None:
+    """DEEPFLOW_PD alone asks for no colocated TE, and DEEPFLOW_WORKERS for some beside it."""
+    for variables, numbers in (
+        ({}, (1, 0, 0)),
+        ({"DEEPFLOW_PD": "1p2d"}, (0, 1, 2)),
+        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "2"}, (2, 1, 1)),
+    ):
+        environment = machine.read(variables)["services"]["worker"]["environment"]
+        asked = {k: environment[k] for k in ("DEEPFLOW_PD", "DEEPFLOW_WORKERS", "DEEPFLOW_MODELS")}
+        found = WorkerSettings.load(asked)
+        assert (found.num_colocated, found.num_prefill, found.num_decode) == numbers
 
 
 def test_every_service_is_bounded_and_watched(described: dict[str, Any]) -> None:

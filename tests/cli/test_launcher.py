@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,12 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from deepflow.cli.home import Home, Instance
 from deepflow.cli.status import ask
+from shared.arena.place import arena_dir
+from shared.config import EXIT_CODE, Reader
 from shared.errors import DeepFlowError
 from tests.worker.tiny import make_tiny
 
@@ -85,6 +89,7 @@ class Command:
         """End all that still runs."""
         for process in self.family():
             process.kill()
+        shutil.rmtree(arena_dir(Reader({}), self.home), ignore_errors=True)  # a killed one's
 
 
 def wait(until: Callable[[], bool], explain: Callable[[], object], within_s: float = 60) -> None:
@@ -130,6 +135,34 @@ def test_ctrl_c_stops_what_up_started(command: Command) -> None:
     assert command.run("status").returncode == 1
 
 
+def test_roles_stand_side_by_side(command: Command) -> None:
+    """--pd starts TEs of both roles, beside colocated ones if asked; a prompt that is long enough goes from one to the
+    other; and what was kept in memory is gone at the end."""
+    arena = arena_dir(Reader({}), command.home)
+    arena.mkdir(mode=0o700)  # a killed one left it behind
+    (arena / "left").touch(0o600)
+    command.env |= {"DEEPFLOW_PD_MIN_TOKENS": "4", "DEEPFLOW_ARENA_BYTES": str(64 << 20)}
+    process = command.up("--port", "0", "--pd", "1p1d", "--workers", "1")
+
+    def tes() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(command.run("status", "--json").stdout)["tes"]
+        return [te for te in found if te["state"] == "ready"]
+
+    wait(lambda: len(tes()) == 3, tes)
+    assert sorted(te["role"] for te in tes()) == ["colocated", "decode", "prefill"]
+    chat = command.run("chat", text="Hello, who are you?\n")
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.strip()
+    counted = {te["role"]: te["counters"] for te in tes()}
+    assert counted["prefill"]["requests_handed"] == 1
+    assert counted["decode"]["generation_tokens"] > 0
+    assert not counted["colocated"]["generation_tokens"]
+
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0, command.said()
+    assert not arena.exists()
+
+
 def test_a_detached_instance_is_used_mended_and_stopped(command: Command) -> None:
     """--detach returns when it is ready; whatever is killed comes back; `down` ends it."""
     with socket.socket() as taken:
@@ -144,7 +177,7 @@ def test_a_detached_instance_is_used_mended_and_stopped(command: Command) -> Non
     assert chat.returncode == 0, chat.stderr
     assert chat.stdout.strip()
     assert "service_started" in command.run("logs", "gateway").stdout
-    assert re.search(r"te-\w+ +tiny +\d+ +ready", command.run("status").stdout)
+    assert re.search(r"te-\w+ +tiny +colocated +\d+ +ready", command.run("status").stdout)
 
     before = command.instance()
     assert before is not None
@@ -212,6 +245,8 @@ def test_a_child_that_keeps_dying_ends_everything(command: Command) -> None:
     [
         (("--model", "no-such-model"), "no-such-model"),
         (("--model", "tiny", "--host", "0.0.0.0"), "DEEPFLOW_API_KEYS"),
+        (("--model", "tiny", "--pd", "1d1p"), "1p1d"),
+        (("--model", "tiny", "--workers", "0"), "--pd"),
     ],
 )
 def test_what_cannot_start_says_why(
@@ -219,6 +254,6 @@ def test_what_cannot_start_says_why(
 ) -> None:
     """A detached start that fails is told like one in the foreground, and leaves nothing behind."""
     result = command.run("up", *arguments, "--detach")
-    assert result.returncode == 1
+    assert result.returncode in (1, EXIT_CODE)
     assert reason in result.stderr
     assert command.family() == []

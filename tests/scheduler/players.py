@@ -20,13 +20,16 @@ from shared.messages import (
     BlocksQuery,
     Cancel,
     Delta,
+    Handover,
     ModelEntry,
+    Prefilled,
     Progress,
     Request,
     Sampling,
     StatusQuery,
     StatusReply,
     Task,
+    TaskEnded,
     TeBeat,
     Tokens,
 )
@@ -115,6 +118,7 @@ class Te:
         self.name = name
         self.load: dict[str, Any] = {"model": MODEL, "pod": "pod-1", "state": "ready", **beat}
         self.says: DeepFlowError | str = "accepted"  # or silence, or an error
+        self.hold: asyncio.Event | None = None  # set: tasks are answered when it is
         self.tasks: list[Task] = []
         self.cancels: list[Cancel] = []
         self.pages: dict[bytes, None] = {}
@@ -158,12 +162,38 @@ class Te:
         self.tasks.append(task)
         if self.says == "silence":
             await self._over.wait()
+        if self.hold is not None:
+            await self.hold.wait()
         if isinstance(self.says, DeepFlowError):
             raise self.says
         request = task.request
         return Accepted(
             request=request.request, attempt=request.attempt, by=self.name, te=self.name
         )
+
+    async def handed(self, task: Task, ids: list[int] | None = None) -> None:
+        """Says that a prefill task is done: what it leaves behind."""
+        request = task.request
+        handover = Handover(te=self.name, lease="lease-1", num_pages=2, ids=ids or [7])
+        message = Prefilled(
+            task=task.task, request=request.request, attempt=request.attempt, handover=handover
+        )
+        await self.bus.publish(self.bus.subjects.events(task.je), message)
+
+    async def ended(self, task: Task, finish: str) -> None:
+        """Says that a task is over."""
+        request = task.request
+        message = TaskEnded(
+            task=task.task,
+            request=request.request,
+            attempt=request.attempt,
+            te=self.name,
+            finish=finish,
+            prompt_tokens=len(request.prompt),
+            cached_tokens=0,
+            output_tokens=1,
+        )
+        await self.bus.publish(self.bus.subjects.events(task.je), message)
 
     async def _dump(self, query: BlocksQuery) -> BlocksDump:
         self.num_dumps += 1

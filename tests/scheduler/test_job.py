@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.job import IllegalTransition, Job, JobKind, Plan, State, Task, serve
+from services.scheduler.job import IllegalTransition, Job, JobKind, Plan, State, Task, serve, split
 from shared.messages import TaskKind
 
 
 def test_chat_is_one_job_with_one_task() -> None:
     """A chat's plan has one GENERATE task, ready at once, and is done when that is."""
-    plan = serve(JobKind.CHAT, "r", 2, job="r.2", task="r.2.0")
+    plan = serve(JobKind.CHAT, "r", 2)
     assert plan.attempt == 2
     assert [task.kind for task in plan.ready()] == [TaskKind.GENERATE]
     assert plan.state is State.READY
@@ -23,38 +23,37 @@ def test_chat_is_one_job_with_one_task() -> None:
     assert plan.state is State.DONE
 
 
+P, D = "r.1.prefill", "r.1.decode"
+
+
 def pd_pair() -> Plan:
     """A chat on a disaggregated pair."""
-    tasks = [
-        Task(id="p", kind=TaskKind.PREFILL),
-        Task(id="d", kind=TaskKind.DECODE, after=("p",)),
-    ]
-    return Plan("r", 1, [Job(id="j", kind=JobKind.CHAT, tasks=tasks)])
+    return split(JobKind.CHAT, "r", 1)
 
 
 def test_decode_waits_for_prefill() -> None:
     """A prefill/decode pair is one job of two tasks, the second ready only when the first is done."""
     plan = pd_pair()
-    assert [task.id for task in plan.ready()] == ["p"]
+    assert [task.id for task in plan.ready()] == [P]
     with pytest.raises(IllegalTransition):
-        plan.start("d", "te-2")
-    plan.start("p", "te-1")
+        plan.start(D, "te-2")
+    plan.start(P, "te-1")
     assert plan.ready() == []
-    plan.finish("p")
-    assert [task.id for task in plan.ready()] == ["d"]
-    plan.start("d", "te-2")
-    plan.finish("d")
+    plan.finish(P)
+    assert [task.id for task in plan.ready()] == [D]
+    plan.start(D, "te-2")
+    plan.finish(D)
     assert plan.state is State.DONE
 
 
 def test_lost_te_gives_the_task_back() -> None:
     """A task whose TE is lost is ready again, and what waits for it keeps waiting."""
     plan = pd_pair()
-    plan.start("p", "te-1")
-    plan.lose("p")
-    assert [task.id for task in plan.ready()] == ["p"]
-    assert plan.task("p").te is None
-    assert plan.task("d").state is State.WAITING
+    plan.start(P, "te-1")
+    plan.lose(P)
+    assert [task.id for task in plan.ready()] == [P]
+    assert plan.task(P).te is None
+    assert plan.task(D).state is State.WAITING
 
 
 def fine_tune() -> Plan:
@@ -112,12 +111,12 @@ def test_failure_cancels_what_has_not_ended() -> None:
 def test_cancel_names_the_running_tasks() -> None:
     """Cancelling a plan returns the tasks whose TEs must be told, and is final."""
     plan = pd_pair()
-    plan.start("p", "te-1")
+    plan.start(P, "te-1")
     assert [task.te for task in plan.cancel()] == ["te-1"]
     assert plan.cancel() == []
     assert plan.state is State.CANCELLED
     with pytest.raises(IllegalTransition):
-        plan.finish("p")
+        plan.finish(P)
 
 
 @pytest.mark.parametrize(

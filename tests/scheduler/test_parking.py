@@ -28,7 +28,7 @@ def park(lot: ParkingLot, name: str, now: float = 0.0, **fields: object) -> Park
         "park_ms": 5_000,
     }
     request = Request(**{**values, **fields})  # type: ignore[arg-type]
-    return lot.park(request, serve(JobKind.CHAT, name, 1, job="j", task="t"), now)
+    return lot.park(request, serve(JobKind.CHAT, name, 1), now)
 
 
 def lot(max_requests: int = 10, max_bytes: int = 1 << 20, max_park_s: float = 100.0) -> ParkingLot:

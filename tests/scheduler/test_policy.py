@@ -8,8 +8,17 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.policy import TIE_S, Candidate, Costs, order
-from shared.messages import Request, Sampling
+from services.scheduler.policy import (
+    MAX_TRIES,
+    TIE_S,
+    Candidate,
+    Costs,
+    order,
+    order_by_room,
+    order_for,
+    shortlist,
+)
+from shared.messages import Request, Sampling, TaskKind
 
 
 def request(**fields: object) -> Request:
@@ -91,6 +100,50 @@ def test_order_is_a_permutation_by_score(tes: list[Candidate], seed: int) -> Non
         assert one.avoid <= two.avoid
         if one.avoid == two.avoid:
             assert one.score <= two.score + TIE_S * 1.01
+
+
+def test_the_emptiest_decodes() -> None:
+    """For what only decodes, room for KV comes before load, and load decides between equally full TEs."""
+    tes = [
+        Candidate(te="full", outstanding_s=0.0, kv_use=0.9),
+        Candidate(te="busy", outstanding_s=5.0, kv_use=0.301),
+        Candidate(te="idle", outstanding_s=1.0, kv_use=0.3),
+        Candidate(te="left", outstanding_s=0.0, kv_use=0.0, avoid=True),
+    ]
+    assert [c.te for c in order_by_room(tes, Random(1))] == ["idle", "busy", "full", "left"]
+
+
+def test_roles_are_tried_in_turn() -> None:
+    """A task goes to the TEs it is meant for, then to others, and to those to avoid only after all of them."""
+    tes = [
+        Candidate(te=f"{role}-{load}", outstanding_s=float(load), role=role, avoid=load == 0)
+        for role in ("prefill", "decode", "colocated")
+        for load in range(6)
+    ]
+    asked = [c.te for c in shortlist(order_for(TaskKind.GENERATE, tes, Random(1)))]
+    assert asked == [f"{r}-{n}" for r in ("colocated", "decode", "prefill") for n in (1, 2, 3)]
+    assert MAX_TRIES == 3
+    for kind in (TaskKind.PREFILL, TaskKind.DECODE):
+        names = [c.te for c in order_for(kind, tes, Random(1))]
+        assert names[0] == f"{kind}-1"
+        assert names[-1] == f"{kind}-0"
+        assert len(names) == 6
+    few = [c.te for c in order_for(TaskKind.GENERATE, tes[-6:-4], Random(1))]
+    assert few == ["colocated-1", "colocated-0"]
+    assert [c.te for c in order_for(TaskKind.GENERATE, [*tes[:1], *tes[-2:]], Random(1))] == [
+        "colocated-4",
+        "colocated-5",
+        "prefill-0",
+    ]
+
+
+def test_a_pair_shares_the_work() -> None:
+    """What a prefill task and a decode task are predicted to take is together what the whole would."""
+    costs = Costs(prefill_tokens_per_s=10, decode_tokens_per_s=1, expected_output=4)
+    whole = request(prompt=[1] * 20)
+    assert costs.work_s(whole, TaskKind.PREFILL) == 2
+    assert costs.work_s(whole, TaskKind.DECODE) == 4
+    assert costs.num_tokens(whole) == 24
 
 
 def test_work_counts_live_choices_and_delivered_tokens() -> None:

@@ -34,6 +34,21 @@ def test_only_ready_tes_of_the_model_are_candidates() -> None:
     assert names(registry) == {"a", "b"}
 
 
+def test_room_counts_what_was_reserved_and_dispatched() -> None:
+    """The KV use of a TE is what it uses, what it has promised, and what it was given since, in pages of its own."""
+    registry = Registry(Liveness())
+    registrations = [Registration(kind="te", id="a", host="h", pid=1, page=32)]
+    registry.registrations(registrations)
+    registry.beat(
+        beat("a", role="decode", blocks_total=100, blocks_used=10, blocks_reserved=5), 0.0
+    )
+    registry.beat(beat("b", blocks_total=100), 0.0)
+    registry.dispatched("a", "t", 1.0, 0.0, num_tokens=33)
+    registry.dispatched("b", "t", 1.0, 0.0, num_tokens=33)
+    found = {c.te: (c.role, c.kv_use) for c in registry.candidates("m", 0.0)}
+    assert found == {"a": ("decode", 0.17), "b": ("colocated", 0.03)}
+
+
 def test_silence_is_death_after_a_while() -> None:
     """A TE without beats is lost once, and a later beat brings it back."""
     registry = Registry(Liveness(1.5))
