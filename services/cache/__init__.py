@@ -1,1 +1,1 @@
-"""The cache service: who holds which KV pages. Soft state only; its loss costs time, never correctness."""
+"""The cache service: who holds which KV pages, and this host's own tiers. Its loss costs time, never correctness."""

@@ -1,8 +1,9 @@
 """The rim of the cache service: hears block events and beats, asks for dumps, and answers `rtc.match`.
 
-Each replica holds the whole directory. A new one joins the queue group only when it has asked every TE it heard in its
-first moments, so that it does not answer from an empty index while its peers know better. This module must not know how
-events become an index (`directory.py`).
+Each replica holds the whole directory. A new one joins the queue group only when it has asked every holder it heard in
+its first moments, so that it does not answer from an empty index while its peers know better. One replica of each host
+owns its arena besides (`arena_service.py`); the others try again and again, should that one die. This module must not
+know how events become an index (`directory.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import math
 import time
 from typing import Any, Final
 
+from services.cache.arena_service import ArenaService
 from services.cache.directory import Directory
+from services.cache.meters import Meters
 from services.cache.settings import CacheSettings
-from shared.errors import DeepFlowError
+from shared.arena.place import ArenaError, Place
+from shared.errors import DeepFlowError, Internal, Unavailable
 from shared.liveness import Liveness
 from shared.messages import (
     Beat,
@@ -27,12 +31,13 @@ from shared.messages import (
     TeBeat,
 )
 from shared.service import REST_BEAT_S, Service
-from shared.subjects import QUEUE_CACHE
+from shared.subjects import QUEUE_CACHE, encode
 
 _TICK_S: Final = 0.25
 _WARM_S: Final = 3.0  # a TE that does not answer must not keep a replica out for longer
 _RETRY_S: Final = 1.0  # before the same TE is asked again
 _NUM_ASKED: Final = 4  # at once: dumps are megabytes
+_OWN_S: Final = 1.0  # between attempts to own the arena
 
 
 class Cache:
@@ -41,9 +46,11 @@ class Cache:
     def __init__(self, service: Service[CacheSettings]) -> None:
         self._service = service
         self._directory = Directory(max_bytes=service.settings.index_bytes)
-        self._tes = Liveness()
+        self._holders = Liveness()  # TEs, and the cache services that own an arena
         self._asking = asyncio.Semaphore(_NUM_ASKED)
-        self._ask_after: dict[str, float] = {}  # TE -> when it may be asked again
+        self._arena: ArenaService | None = None  # of this host, if it is ours
+        self._arena_fault = ""
+        self._ask_after: dict[tuple[str, str], float] = {}  # (holder, model) -> not before
         metrics = service.metrics
         self._events = metrics.counter("deepflow_cache_events_total", "Block events heard.")
         self._dumps = metrics.counter(
@@ -52,26 +59,24 @@ class Cache:
         self._matches = metrics.counter(
             "deepflow_cache_matches_total", "Questions answered.", ["outcome"]
         )
-        directory = self._directory
-        for name, text, value in (
-            ("entries", "Pages in all indexes.", lambda: directory.num_pages),
-            ("bytes", "What they cost.", lambda: directory.num_bytes),
-            ("tes", "TEs with an index.", lambda: len(directory.tes())),
-            ("unsynced", "TEs whose index is to be asked for.", lambda: len(directory.unsynced())),
-            ("gaps", "Gaps in the numbers of events so far.", lambda: directory.num_gaps),
-            ("refused", "Pages the budget left out so far.", lambda: directory.num_refused),
-        ):
-            metrics.gauge(f"deepflow_cache_{name}", text).set_function(value)
+        metrics.collect(Meters(self._directory, lambda: self._arena))
 
     async def start(self) -> None:
         """Listen, catch up with every TE that beats, then serve."""
         service, bus, subjects = self._service, self._service.bus, self._service.bus.subjects
-        bus.on_disconnect(self._tes.hold)
+        bus.on_disconnect(self._holders.hold)
         bus.on_reconnect(self._on_reconnect)
-        await bus.listen(subjects.blocks("*", "*"), (BlockEvents,), self._on_events)
-        await bus.listen(subjects.beat("te", "*"), (TeBeat,), self._on_beat)
-        await bus.listen(subjects.down("te", "*"), (Down,), self._on_down)
+        for events in (subjects.blocks("*", "*"), subjects.arena("*", "*")):
+            await bus.listen(events, (BlockEvents,), self._on_events)
+        await bus.listen(subjects.beat("te", "*"), (TeBeat,), self._on_te)
+        await bus.listen(subjects.beat("cache", "*"), (Beat,), self._on_cache)
+        for kind in ("te", "cache"):
+            await bus.listen(subjects.down(kind, "*"), (Down,), self._on_down)
         service.status(self._status, ledger=self._ledger)
+        if service.settings.arena_bytes is not None:
+            tried = asyncio.Event()
+            service.tasks.create_task(self._own_loop(tried), name="arena")
+            await tried.wait()
         service.beat(self._beat)
         await self._warm_up()
         service.tasks.create_task(self._tick_loop(), name="tick")
@@ -83,37 +88,88 @@ class Cache:
         await asyncio.sleep(1.5 * REST_BEAT_S)  # whoever lives has beaten by then
         try:
             async with asyncio.timeout(_WARM_S):
-                await asyncio.gather(*(self._ask(te) for te in self._directory.unsynced()))
+                await asyncio.gather(*(self._ask(*index) for index in self._directory.unsynced()))
         except TimeoutError:
             self._service.log.warning("warm_up_cut_short", unsynced=self._directory.unsynced())
+
+    # ------------------------------------------------------------------------------------------------------- the arena
+
+    async def _own_loop(self, tried: asyncio.Event) -> None:
+        """Owns the arena as soon as nobody else does, until the end. Who loses it ends: its events are numbered on."""
+        service = self._service
+        while True:
+            place = await asyncio.to_thread(self._take_place)
+            if place is not None:
+                try:
+                    async with ArenaService.own(service, self._directory, place) as arena:
+                        self._arena = arena
+                        service.on_drain(arena.drain)
+                        tried.set()
+                        await asyncio.Event().wait()
+                except* Unavailable as group:
+                    service.stop("; ".join(map(str, group.exceptions)))
+                self._arena = None
+                tried.set()
+                return
+            tried.set()
+            await asyncio.sleep(_OWN_S)
+
+    def _take_place(self) -> Place | None:
+        """In a thread. A folder that cannot be used is said once, and tried again: it may be mended."""
+        settings, fault = self._service.settings, ""
+        try:
+            return Place.own(settings.arena_dir)
+        except ArenaError as error:
+            fault = str(error)
+            if fault != self._arena_fault:
+                self._service.log.error("arena_refused", error=fault)
+            return None
+        finally:
+            self._arena_fault = fault
 
     # ---------------------------------------------------------------------------------------------------- listening
 
     def _on_events(self, events: BlockEvents) -> None:
         self._events.inc()
-        # Events of a TE already declared dead would bring its index back for ever: only a beat opens one.
-        if self._tes.alive(events.te):
+        # Events of a holder already declared dead would bring its index back for ever: only a beat opens one.
+        if events.te != self._service.id and self._holders.alive(events.te):
             self._directory.apply(events)
 
-    def _on_beat(self, beat: TeBeat) -> None:
-        if beat.state == "loading":
-            return  # it has nothing yet and answers nobody
+    def _on_te(self, beat: TeBeat) -> None:
+        if beat.state == "loading" or not _is_token(beat.id):
+            return  # it has nothing yet and answers nobody; or nobody could ask it
         # Progress is not judged: a hung TE still holds its pages, and its pod host declares it dead.
-        self._tes.beat(beat.id, time.monotonic())
+        self._holders.beat(beat.id, time.monotonic())
         self._directory.seen(beat.id, beat.model)
+        if self._arena is not None:
+            told = beat.counters.get
+            self._arena.broker.heard(beat.id, told("peer_bytes", 0.0), told("peer_seconds", 0.0))
+
+    def _on_cache(self, beat: Beat) -> None:
+        if not beat.host or beat.id == self._service.id or not _is_token(beat.id):
+            return  # it has no pages of its own; or they are ours, and need no telling; or nobody could ask it
+        self._holders.beat(beat.id, time.monotonic())
+        self._directory.owns(beat.id, beat.host)
+        for model in beat.models:
+            self._directory.seen(beat.id, model)
 
     def _on_down(self, down: Down) -> None:
-        self._tes.down(down.id)
-        self._remove(down.id)
+        if down.id != self._service.id:  # by mistake: here we are
+            self._holders.down(down.id)
+            self._gone(down.id)
 
     def _on_reconnect(self) -> None:
-        self._tes.resume(time.monotonic())
+        self._holders.resume(time.monotonic())
         self._directory.doubt()
 
-    def _remove(self, te: str) -> None:
-        self._ask_after.pop(te, None)
-        if self._directory.remove(te):
-            self._service.log.info("index_removed", te=te)
+    def _gone(self, holder: str) -> None:
+        """A holder is dead: what it had is not to be had any more, and what it was lent comes back."""
+        for index in [index for index in self._ask_after if index[0] == holder]:
+            del self._ask_after[index]
+        if self._directory.remove(holder):
+            self._service.log.info("index_removed", te=holder)
+        if self._arena is not None:
+            self._arena.gone(holder)
 
     async def _match(self, match: Match) -> Matched:
         holders = self._directory.match(match.model, match.hashes)
@@ -125,58 +181,93 @@ class Cache:
     async def _tick_loop(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            for te in self._tes.lost(time.monotonic()):
-                self._remove(te)
+            for holder in self._holders.lost(time.monotonic()):
+                self._gone(holder)
             self._catch_up()
 
     def _catch_up(self) -> None:
-        """Asks every TE that is unsynced, unless it was asked a moment ago."""
+        """Asks for every index that is unsynced, unless it was asked for a moment ago."""
         now = time.monotonic()
-        for te in self._directory.unsynced():
-            if self._ask_after.get(te, 0.0) <= now:
-                self._ask_after[te] = math.inf  # until this one has been answered
-                self._service.tasks.create_task(self._ask(te), name=f"ask-{te}")
+        for holder, model in self._directory.unsynced():
+            if self._ask_after.get((holder, model), 0.0) <= now:
+                self._ask_after[holder, model] = math.inf  # until this one has been answered
+                self._service.tasks.create_task(self._ask(holder, model), name=f"ask-{holder}")
 
-    async def _ask(self, te: str) -> None:
-        """One TE's whole index; events that come meanwhile wait in the directory."""
-        bus, settings = self._service.bus, self._service.settings
+    async def _ask(self, holder: str, model: str) -> None:
+        """One whole index; events that come meanwhile wait in the directory."""
         try:
             async with self._asking:
-                dump = await bus.request(
-                    bus.subjects.blocks_dump(te),
-                    BlocksQuery(by=self._service.id),
-                    BlocksDump,
-                    timeout_s=settings.dump_timeout_s,
-                )
+                dump = await self._dump(holder, model)
         except DeepFlowError as error:
             self._dumps.labels(error.code).inc()
-            self._service.log.warning("dump_failed", te=te, error=error.message)
+            self._service.log.warning("dump_failed", te=holder, error=error.message)
         else:
-            if self._tes.alive(te):
+            if self._known(holder):
                 self._dumps.labels("loaded").inc()
                 self._directory.load(dump)
-                self._service.log.info("dump_loaded", te=te, pages=len(dump.hashes), seq=dump.seq)
-        if self._tes.alive(te):
-            self._ask_after[te] = time.monotonic() + _RETRY_S
+                pages = len(dump.hashes) + len(dump.ssd)
+                self._service.log.info("dump_loaded", te=holder, pages=pages, seq=dump.seq)
+        if self._known(holder):
+            self._ask_after[holder, model] = time.monotonic() + _RETRY_S
+
+    async def _dump(self, holder: str, model: str) -> BlocksDump:
+        if holder == self._service.id and self._arena is not None:
+            return await self._arena.host.dump(model)
+        bus, settings = self._service.bus, self._service.settings
+        dump = await bus.request(
+            bus.subjects.blocks_dump(holder),
+            BlocksQuery(by=self._service.id, model=model),
+            BlocksDump,
+            timeout_s=settings.dump_timeout_s,
+        )
+        if (dump.te, dump.model) != (holder, model):
+            raise Internal("the index of another holder or model came")
+        return dump
+
+    def _known(self, holder: str) -> bool:
+        return holder == self._service.id or self._holders.alive(holder)
 
     # --------------------------------------------------------------------------------------------------- what is told
 
     def _beat(self) -> Beat:
-        return Beat(kind="cache", id=self._service.id, draining=self._service.stopping.is_set())
+        arena = self._arena
+        return Beat(
+            kind="cache",
+            id=self._service.id,
+            draining=self._service.stopping.is_set(),
+            in_flight=0 if arena is None else arena.broker.num_moving,
+            host="" if arena is None else arena.host.name,
+            models=[] if arena is None else arena.host.models,
+        )
 
     def _status(self) -> dict[str, Any]:
+        now = time.monotonic()
         return {
             "pages": self._directory.num_pages,
             "bytes": self._directory.num_bytes,
             "gaps": self._directory.num_gaps,
             "refused": self._directory.num_refused,
-            "tes": self._directory.tes(),
-            "unsynced": self._directory.unsynced(),
+            "tes": self._directory.holders(),
+            "unsynced": sorted({holder for holder, _ in self._directory.unsynced()}),
+            "arena": None if self._arena is None else self._arena.status(now),
+            "arena_fault": self._arena_fault,
         }
 
     def _ledger(self) -> dict[str, Any]:
         self._directory.check()
-        return {"pages": self._directory.num_pages, "max_pages": self._directory.max_pages}
+        return {
+            "pages": self._directory.num_pages,
+            "max_pages": self._directory.max_pages,
+            **({} if self._arena is None else self._arena.ledger()),
+        }
+
+
+def _is_token(name: str) -> bool:
+    """Whether it can be part of a subject, so that somebody of this name can be asked."""
+    try:
+        return bool(encode(name))
+    except ValueError:
+        return False
 
 
 async def main(service: Service[CacheSettings]) -> None:

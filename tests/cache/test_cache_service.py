@@ -1,4 +1,4 @@
-"""The cache service as a real process on a real bus; the test plays the TEs that publish block events."""
+"""The cache service as the directory alone, a real process on a real bus; the test plays the TEs with block events."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tests.nats_server import NatsServer
 from tests.scheduler.players import MODEL, Te, eventually, process, status, wait_ready
 
 PAGES = [bytes([n]) * 16 for n in range(8)]
+NO_ARENA = {"DEEPFLOW_ARENA_BYTES": "off"}
 
 
 @pytest.fixture
 async def cache(nats: NatsServer, bus: Bus) -> AsyncIterator[str]:
     """A running cache; its id."""
-    async with process("cache", nats) as (_, name):
+    async with process("cache", nats, **NO_ARENA) as (_, name):
         await wait_ready(bus, "cache", name)
         yield name
 
@@ -109,7 +110,7 @@ async def test_a_restarted_cache_rebuilds_from_dumps(nats: NatsServer, bus: Bus)
     """A cache that starts when TEs have pages already answers rightly from its first answer on; SIGTERM ends it."""
     async with Te(bus, "te-a") as te:
         for _ in range(2):
-            async with process("cache", nats) as (child, name):
+            async with process("cache", nats, **NO_ARENA) as (child, name):
                 await wait_ready(bus, "cache", name)
                 assert await match(bus, PAGES) == ({"te-a": te.seq} if te.seq else {})
                 await te.change([PAGES[te.seq]])
@@ -126,7 +127,7 @@ async def test_a_restarted_cache_rebuilds_from_dumps(nats: NatsServer, bus: Bus)
 
 async def test_two_replicas_hold_the_same(nats: NatsServer, bus: Bus, cache: str) -> None:
     """Every replica hears everything: whichever answers, the answer is the same."""
-    async with Te(bus, "te-a") as te, process("cache", nats) as (_, second):
+    async with Te(bus, "te-a") as te, process("cache", nats, **NO_ARENA) as (_, second):
         await wait_ready(bus, "cache", second)
         await te.change(PAGES[:4])
         for name in (cache, second):

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.cache.directory import MAX_WAITING_PAGES, PAGE_BYTES, Directory
+from services.cache.directory import ABSENT, MAX_WAITING_PAGES, PAGE_BYTES, TIERS, Directory
 from shared.messages import BlockEvents, BlocksDump, Holder
 
 ROOMY = 1 << 30
@@ -78,6 +78,40 @@ def test_a_holder_names_its_slowest_tier() -> None:
     directory.check()
 
 
+def test_an_arena_holds_pages_of_many_models_and_names_its_host() -> None:
+    """A cache service has an index per model, each with its own numbers, and is answered with its host."""
+    directory = Directory(max_bytes=ROOMY)
+    directory.owns("cache", "h1")
+    directory.seen("cache", "m")
+    directory.load(BlocksDump(te="cache", model="m", seq=4, hashes=pages(1, 2), tier="host"))
+    directory.apply(BlockEvents(te="cache", model="n", seq=1, stored=pages(1), tier="host"))
+    assert directory.unsynced() == []
+    assert directory.match("m", pages(1, 2)) == [
+        Holder(te="cache", num_pages=2, tier="host", host="h1")
+    ]
+    assert directory.match("n", pages(1, 2)) == [
+        Holder(te="cache", num_pages=1, tier="host", host="h1")
+    ]
+    assert directory.holders() == {"cache": 3}
+    directory.apply(BlockEvents(te="cache", model="n", seq=3, stored=pages(3), tier="host"))
+    assert directory.unsynced() == [("cache", "n")]
+    assert directory.remove("cache")
+    assert directory.holders() == {}
+    directory.check()
+
+
+def test_a_dump_tells_what_is_on_ssd_only() -> None:
+    """Pages of a dump's second list are in the slow tier; the tiers of a chain are told page by page."""
+    directory = Directory(max_bytes=ROOMY)
+    directory.load(
+        BlocksDump(te="c", model="m", seq=1, hashes=pages(1), tier="host", ssd=pages(2, 4))
+    )
+    host, ssd = TIERS.index("host"), TIERS.index("ssd")
+    assert directory.tiers("c", "m", pages(1, 2, 3, 4)) == [host, ssd, ABSENT, ssd]
+    assert directory.tiers("d", "m", pages(1)) == [ABSENT]
+    assert directory.match("m", pages(1, 2, 3)) == [Holder(te="c", num_pages=2, tier="ssd")]
+
+
 def test_removed_before_stored() -> None:
     """A page removed and stored in the same step is held."""
     directory = Directory(max_bytes=ROOMY)
@@ -92,12 +126,12 @@ def test_a_gap_asks_for_a_dump_and_keeps_the_last_view() -> None:
     directory.apply(events("te", 1, "1"))
     assert directory.unsynced() == []
     directory.apply(events("te", 3, "3"))
-    assert directory.unsynced() == ["te"]
+    assert directory.unsynced() == [("te", "m")]
     assert directory.num_gaps == 1
     assert held(directory, 1) == {"te": 1}
     directory.apply(events("te", 5, "5"))
     directory.load(dump("te", 3, 1, 2, 3))
-    assert directory.unsynced() == ["te"]  # 4 is missing still
+    assert directory.unsynced() == [("te", "m")]  # 4 is missing still
     directory.load(dump("te", 4, 1, 2, 3, 4))
     assert directory.unsynced() == []
     assert held(directory, 1, 2, 3, 4, 5) == {"te": 5}
@@ -122,7 +156,7 @@ def test_a_te_seen_in_mid_life_needs_a_dump() -> None:
     directory = Directory(max_bytes=ROOMY)
     directory.seen("quiet", "m")
     directory.apply(events("late", 57, "7"))
-    assert directory.unsynced() == ["quiet", "late"]
+    assert directory.unsynced() == [("quiet", "m"), ("late", "m")]
     directory.load(dump("quiet", 0))
     directory.load(dump("late", 56, 1))
     assert directory.unsynced() == []
@@ -138,7 +172,7 @@ def test_death_and_doubt() -> None:
     assert not directory.remove("a")
     assert held(directory, 1) == {"b": 1}
     directory.doubt()
-    assert directory.unsynced() == ["b"]
+    assert directory.unsynced() == [("b", "m")]
     assert held(directory, 1) == {"b": 1}
 
 
@@ -179,7 +213,7 @@ def test_room_again_asks_those_who_went_without() -> None:
     directory.apply(BlockEvents(te="two", model="m", seq=1, stored=chain))
     assert directory.unsynced() == []
     directory.remove("one")
-    assert directory.unsynced() == ["two"]
+    assert directory.unsynced() == [("two", "m")]
     directory.load(BlocksDump(te="two", model="m", seq=1, hashes=chain))
     assert held(directory, *range(100)) == {"two": 100}
 
@@ -267,11 +301,11 @@ class Against(RuleBasedStateMachine):
         """The directory hears a beat and, if need be, asks for the whole index."""
         self._alive(te)
         self.directory.seen(te, "m")
-        if te in self.directory.unsynced():
+        if (te, "m") in self.directory.unsynced():
             hashes = sorted(self.truth[te])
             self.directory.load(BlocksDump(te=te, model="m", seq=self.seq[te], hashes=hashes))
             self.told[te] = self.seq[te]
-            assert te not in self.directory.unsynced()
+            assert (te, "m") not in self.directory.unsynced()
 
     @rule(te=st.sampled_from(TES))
     def die(self, te: str) -> None:
@@ -288,9 +322,11 @@ class Against(RuleBasedStateMachine):
         chain = pages(*range(7))
         answer = {h.te: h.num_pages for h in self.directory.match("m", chain)}
         for te, truth in self.truth.items():
-            known = te in self.directory.tes()
+            known = te in self.directory.holders()
             in_step = (
-                known and te not in self.directory.unsynced() and self.told[te] == self.seq[te]
+                known
+                and (te, "m") not in self.directory.unsynced()
+                and self.told[te] == self.seq[te]
             )
             naive = next((n for n, h in enumerate(chain) if h not in truth), len(chain))
             if in_step:
@@ -308,8 +344,12 @@ class AgainstTight(Against):
         """Bounds hold, and no TE in step is said to hold what it does not."""
         self.directory.check()
         for te, truth in self.truth.items():
-            known = te in self.directory.tes()
-            if known and te not in self.directory.unsynced() and self.told[te] == self.seq[te]:
+            known = te in self.directory.holders()
+            if (
+                known
+                and (te, "m") not in self.directory.unsynced()
+                and self.told[te] == self.seq[te]
+            ):
                 for number in range(7):
                     if held(self.directory, number).get(te):
                         assert page(number) in truth
