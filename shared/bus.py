@@ -433,9 +433,10 @@ class Bus:
                 raise errors.Unavailable(f"table {name}: the bus is away")
             try:
                 try:
-                    return Table(await jetstream.key_value(bucket))
+                    found = await jetstream.key_value(bucket)
                 except nats.js.errors.BucketNotFoundError:
-                    return Table(await jetstream.create_key_value(bucket=bucket, history=1))
+                    found = await jetstream.create_key_value(bucket=bucket, history=1)
+                return Table(jetstream, bucket, found)
             except nats.errors.Error as error:
                 # Two services may create it at once, and JetStream is ready some time after the port.
                 if loop.time() > give_up:

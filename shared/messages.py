@@ -258,6 +258,8 @@ class Beat:
     id: str
     draining: bool = False
     in_flight: int = 0
+    host: str = ""  # of a cache service: the host whose arena it owns; "" without one
+    models: list[str] = field(default_factory=list)  # of a cache service: those it has pages of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,7 +330,7 @@ class BlocksQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlocksDump:
-    """The whole index as of event `seq`: the next event to apply is `seq + 1`. `ssd`: what is in that tier only."""
+    """The whole index as of event `seq`: the next event to apply is `seq + 1`. `ssd`: what is in that tier, too."""
 
     te: str
     model: str
@@ -434,6 +436,7 @@ class Populate:
     page_us: int
     load_us: int
     wait_ms: int = 0
+    avoid: list[str] = field(default_factory=list)  # TEs that did not give what they have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -490,7 +493,8 @@ class LinkOffer:
 class LeaseRequest:
     """`link.<holder>`: hold the longest prefix of these pages that you have until I have read it.
 
-    `lease` names one that exists already (a hand-over's); then `hashes` may be empty.
+    `lease` names one that exists already (a hand-over's); then `hashes` may be empty. `slot_bytes`: of a page over all
+    layers, for a holder with pages of many models.
     """
 
     by: str
@@ -498,12 +502,14 @@ class LeaseRequest:
     recipe: str
     hashes: list[bytes] = field(default_factory=list)
     lease: str = ""
+    slot_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leased:
     """Page i is at `offsets[i]` of the region, `page_bytes` long. Valid for `ttl_ms`, and provably so: `LeaseRelease`
-    tells whether it was until then."""
+    tells whether it was until then. `seeds` and `checksums`: xxh3-64 of each page as it was written, seeded; empty
+    where nobody has taken it (of a device's blocks)."""
 
     lease: str
     region: int
@@ -511,6 +517,8 @@ class Leased:
     page_bytes: int
     offsets: list[int]
     ttl_ms: int
+    seeds: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -599,7 +607,8 @@ class TenantSecret:
 class ContextCache:
     """Bucket `caches`, key = id: an explicit context cache of a tenant, which requests continue from.
 
-    Exactly one of `messages` (JSON) and `text` is set. `public`: the operator shares its pages with all tenants.
+    The entry itself lacks what may be long; the part `contents` of the bucket holds it whole, and never changes.
+    Exactly one of `messages` (JSON) and `text` is set there. `public`: the operator shares its pages with all tenants.
     Times are seconds since the epoch: the entry outlives every process.
     """
 
@@ -614,3 +623,6 @@ class ContextCache:
     text: str = ""
     public: bool = False
     prefix: list[int] = field(default_factory=list)  # token ids, of a public one
+    options: str = ""  # JSON: what the chat template was given
+    requests: int = 0  # that named it, and how many of its tokens they found cached
+    cached_tokens: int = 0

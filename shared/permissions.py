@@ -116,7 +116,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             *publish[kind],
             "$JS.API.INFO",
             *(subject for name in (*writes, *reads) for subject in _reading(on.table(name))),
-            *(f"$KV.{on.table(name)}.>" for name in writes),
+            *(subject for name in writes for subject in _writing(on.table(name))),
         ),
         subscribe=(
             *subscribe[kind],
@@ -142,3 +142,8 @@ def _reading(bucket: str) -> tuple[str, ...]:
         f"{api}.CONSUMER.DELETE.{stream}.*",
         f"$JS.FC.{stream}.>",
     )
+
+
+def _writing(bucket: str) -> tuple[str, ...]:
+    """The subjects for writing and removing entries of one bucket."""
+    return f"$KV.{bucket}.>", f"$JS.API.STREAM.PURGE.KV_{bucket}"

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 # How long the end of a task is remembered, for a repeated one. No shorter than the engine's `keep_finished_s`: what is
 # taken here and known there would be owed an end that never comes.
 REMEMBERED_S: Final = 10.0
+_SERVED: Final = (TaskKind.GENERATE, TaskKind.PREFILL, TaskKind.DECODE)  # by any serving TE
 
 
 class Admission:
-    """The tasks this TE owes an end, by (request, attempt), and those that ended of late."""
+    """The tasks this TE owes an end, by (request, attempt), and those that ended of late.
+
+    Only a decode task may follow another one of the same attempt: where no other TE takes what was prefilled here.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,7 @@ class Admission:
         self._retry_after_s = retry_after_s
         self._tasks: dict[tuple[str, int], Task] = {}
         self._newest: dict[str, int] = {}  # attempt of each request under way
-        self._ended: OrderedDict[tuple[str, int], float] = OrderedDict()
+        self._ended: OrderedDict[tuple[str, int, bool], float] = OrderedDict()  # bool: decode
 
     def admit(self, task: Task, now: float) -> bool:
         """Take `task`; False if it had been taken before, so that nothing is left to do.
@@ -52,15 +56,18 @@ class Admission:
         Raises InvalidRequest (not for this TE, or too long), Overloaded (full), Unavailable (draining). A request of
         more choices than the bound is taken when nothing else is under way.
         """
-        request = task.request
+        request, decodes = task.request, task.kind is TaskKind.DECODE
         key = (request.request, request.attempt)
         self._forget(now)
-        if key in self._tasks or key in self._ended:
+        known = self._tasks.get(key)
+        if known is not None and decodes and known.kind is not TaskKind.DECODE:
+            raise InvalidRequest("this attempt is under way as a task of another kind")
+        if known is not None or (*key, decodes) in self._ended:
             return False
         newest = self._newest.get(request.request)
         if newest is not None and newest > request.attempt:
             raise InvalidRequest("a newer attempt of the request is under way")
-        if task.kind is not TaskKind.GENERATE:
+        if task.kind not in _SERVED:
             raise InvalidRequest(f"a serving TE does not run tasks of kind {task.kind}")
         if request.model != self.model:
             raise InvalidRequest(f"this TE serves {self.model!r}", param="model")
@@ -86,7 +93,7 @@ class Admission:
         if self._newest.get(request) == attempt:  # gone if a newer attempt ended first
             del self._newest[request]
         self._forget(now)
-        self._ended[(request, attempt)] = now
+        self._ended[(request, attempt, task.kind is TaskKind.DECODE)] = now
         return task
 
     def tasks(self) -> list[Task]:

@@ -17,6 +17,8 @@ from shared import log
 from shared.messages import Sampling
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from services.worker.flowserve.spmd.crew import Loss
     from services.worker.settings import TeSettings
     from shared.catalog import ModelFolder
@@ -25,8 +27,13 @@ if TYPE_CHECKING:
 _WARM_UP_PROMPT: Final = 13
 
 
-def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
-    """The engine for one model, warmed up. Raises DeepFlowError naming what is wrong with the model or the memory."""
+def load_engine(
+    folder: ModelFolder, settings: TeSettings, wake: Callable[[], None] | None = None
+) -> Engine:
+    """The engine for one model, warmed up; it asks for pages that it lacks, and calls `wake` when some have moved.
+
+    Raises DeepFlowError naming what is wrong with the model or the memory.
+    """
     engine = Engine.from_folder(
         folder.path,
         dtype=settings.dtype,
@@ -42,6 +49,8 @@ def load_engine(folder: ModelFolder, settings: TeSettings) -> Engine:
         kernels=settings.kernels,
         asynchronous=settings.asynchronous,
         speculation=settings.speculation,
+        fetch=wake is not None,
+        wake=wake,
         on_loss=_end_process,
     )
     _warm_up(engine)

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from services.worker.flowserve.engine import Engine
-    from services.worker.flowserve.outcome import ClientDelta, Ended
+    from services.worker.flowserve.outcome import ClientDelta, Ended, Handed, KeptPages
     from services.worker.pulse import Pulse
 
     Act = Callable[[Engine, "Report"], object]
+    Load = Callable[[Callable[[], None]], Engine]
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Report:
     seq: int = 0
     stored: list[bytes] = field(default_factory=list)
     removed: list[bytes] = field(default_factory=list)
+    kept: list[KeptPages] = field(default_factory=list)
+    prefilled: list[Handed] = field(default_factory=list)
     ledger: dict[str, Any] = field(default_factory=dict)
     error: Exception | None = None
 
@@ -56,13 +59,12 @@ class Report:
 class EngineLoop:
     """One engine and its thread.
 
-    `load` makes the engine, in the thread. `deliver` gets each report, in the event loop. `ended` is done when the
-    thread has ended: with None after `stop`, else with what killed it.
+    `load` makes the engine, in the thread; it is given what wakes that up when bytes have moved. `deliver` gets each
+    report, in the event loop. `ended` is done when the thread has ended: with None after `stop`, else with what killed
+    it.
     """
 
-    def __init__(
-        self, load: Callable[[], Engine], deliver: Callable[[Report], None], pulse: Pulse
-    ) -> None:
+    def __init__(self, load: Load, deliver: Callable[[Report], None], pulse: Pulse) -> None:
         self._load = load
         self._deliver = deliver
         self._pulse = pulse
@@ -86,14 +88,28 @@ class EngineLoop:
         """Do `act` before the next step, with the engine and the report to come."""
         self._inbox.put(act)
 
+    def wake(self) -> None:
+        """Have a step made, though nothing is handed in. From whichever thread."""
+        self._inbox.put(lambda *_: None)
+
     async def ask(self, question: Callable[[Engine, int], T]) -> T:
         """What `question` answers, asked after the next step: by then every change of the index has been reported.
 
         It is given the engine and the number of the last change. Raises what it raises, Unavailable without a thread.
         """
+        return await self._put(question, at_once=False)
+
+    async def do(self, act: Callable[[Engine], T]) -> T:
+        """What `act` returns, done before the next step: what it changes has not been reported by then.
+
+        Raises what it raises, Unavailable without a thread.
+        """
+        return await self._put(lambda engine, _: act(engine), at_once=True)
+
+    async def _put(self, question: Callable[[Engine, int], T], *, at_once: bool) -> T:
         if self.ended.done():
             raise Unavailable("the engine has ended")
-        asked = _Question(question, self._loop.create_future())
+        asked = _Question(question, self._loop.create_future(), at_once)
         self._inbox.put(asked)
         answer: T = await asked.answer
         return answer
@@ -117,15 +133,15 @@ class EngineLoop:
     def _main(self) -> None:
         _name_thread(b"engine")  # threads that torch starts from here take the name over
         try:
-            engine = self._load()
-            self._call(_resolve, self.ready, engine)
+            engine = self._load(self.wake)
+            self.call(_resolve, self.ready, engine)
             while not self._stopping:
                 self._turn(engine)
             engine.close()
         except BaseException as error:
-            self._call(self._close, error)
+            self.call(self._close, error)
         else:
-            self._call(self._close, None)
+            self.call(self._close, None)
 
     def _turn(self, engine: Engine) -> None:
         """Take in, step, hand over, answer."""
@@ -139,12 +155,13 @@ class EngineLoop:
         report.ended = output.ended
         report.seq = self._seq
         report.stored, report.removed = output.stored, output.removed
+        report.kept, report.prefilled = output.kept, output.prefilled
         report.ledger = engine.ledger()
         report.error = output.error
         self._ahead.acquire()
-        self._call(self._take, report)
+        self.call(self._take, report)
         for question in self._questions:
-            question.put(engine, self._seq, self._call)
+            question.put(engine, self._seq, self.call)
         self._questions = []
 
     def _take_in(self, engine: Engine, report: Report) -> None:
@@ -160,10 +177,12 @@ class EngineLoop:
             if block:
                 block = False
                 self._pulse.busy(time.monotonic())
-            if isinstance(item, _Question):
-                self._questions.append(item)
-            else:
+            if not isinstance(item, _Question):
                 item(engine, report)
+            elif item.at_once:
+                item.put(engine, self._seq, self.call)
+            else:
+                self._questions.append(item)
 
     def _take(self, report: Report) -> None:
         self._ahead.release()
@@ -182,7 +201,8 @@ class EngineLoop:
         for question in self._questions:
             _reject(question.answer, Unavailable("the engine has ended"))
 
-    def _call(self, callback: Callable[..., object], *arguments: object) -> None:
+    def call(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call back in the event loop, from whichever thread."""
         try:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
@@ -192,11 +212,14 @@ class EngineLoop:
 
 
 class _Question:
-    """A function of the engine, and the future that waits for its value."""
+    """A function of the engine, and the future that waits for its value. `at_once`: before the next step, not after."""
 
-    def __init__(self, ask: Callable[[Engine, int], Any], answer: asyncio.Future[Any]) -> None:
+    def __init__(
+        self, ask: Callable[[Engine, int], Any], answer: asyncio.Future[Any], at_once: bool
+    ) -> None:
         self._ask = ask
         self.answer = answer
+        self.at_once = at_once
 
     def put(self, engine: Engine, seq: int, call: Callable[..., None]) -> None:
         try:

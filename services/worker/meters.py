@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from shared.metrics import Metrics
 
 _LABELS: Final = ("model_name", "te")
+_BLOCK_LABELS: Final = (*_LABELS, "state")
+_STATES: Final = ("live", "cached", "leased", "free")
 _GAUGES: Final = {
     "running": ("vllm:num_requests_running", "Sequences in the batch."),
     "waiting": ("vllm:num_requests_waiting", "Sequences waiting for a place in the batch."),
@@ -25,6 +27,20 @@ _COUNTERS: Final = {  # by the names in `TeBeat.counters`
     "generation_tokens": ("vllm:generation_tokens", "Tokens generated."),
     "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache."),
     "prefix_hits": ("vllm:prefix_cache_hits", "Prompt tokens found in the cache."),
+    "fetches": ("deepflow_kv_fetches", "Prompts whose KV was asked for elsewhere."),
+    "fetch_hits": ("deepflow_kv_fetch_hits", "Of these, some KV came."),
+    "fetch_late": ("deepflow_kv_fetch_late", "Of these, the deadline came first."),
+    "fetch_failures": ("deepflow_kv_fetch_failures", "Caches and peers that failed a fetch."),
+    "fetch_lost": ("deepflow_kv_fetch_lost", "Pages gone from the arena before they were read."),
+    "fetched_arena": ("deepflow_kv_fetched_arena", "Pages that came from the host's arena."),
+    "fetched_peer": ("deepflow_kv_fetched_peer", "Pages that came from another TE's device."),
+    "fetched_bytes": ("deepflow_kv_fetched_bytes", "Bytes of both."),
+    "copied_pages": ("deepflow_kv_copied_pages", "Pages copied to the host's arena."),
+    "copied_bytes": ("deepflow_kv_copied_bytes", "Bytes of these."),
+    "copy_refused": ("deepflow_kv_copy_refused", "Pages for which the arena had no room."),
+    "copy_failures": ("deepflow_kv_copy_failures", "Batches of pages that could not be copied."),
+    "tokens_taken_over": ("deepflow_kv_tokens_taken_over", "Prompt tokens taken from chunks."),
+    "leases": ("deepflow_kv_leases", "Leases on pages given to other TEs."),
     "preemptions": ("vllm:num_preemptions", "Sequences sent back to waiting for want of blocks."),
 }
 
@@ -35,6 +51,7 @@ class Meters:
     def __init__(self, metrics: Metrics) -> None:
         self._gauges = {key: metrics.gauge(*names, _LABELS) for key, names in _GAUGES.items()}
         self._counters = {key: metrics.counter(*names, _LABELS) for key, names in _COUNTERS.items()}
+        self._blocks = metrics.gauge("deepflow_kv_blocks", "KV blocks by state.", _BLOCK_LABELS)
         self._restarts = metrics.counter(
             "deepflow_te_restarts", "TEs started again after a death.", _LABELS
         )
@@ -46,6 +63,13 @@ class Meters:
         usage = beat.blocks_used / beat.blocks_total if beat.blocks_total else 0.0
         for key, value in (("running", beat.running), ("waiting", beat.waiting), ("kv", usage)):
             self._gauges[key].labels(*labels).set(value)
+        held = (
+            beat.blocks_used,
+            beat.blocks_cached,
+            beat.blocks_leased,
+        )  # that is on the move is leased
+        for state, number in zip(_STATES, (*held, beat.blocks_total - sum(held)), strict=True):
+            self._blocks.labels(*labels, state).set(number)
         for key, growth in self._tally.grown(beat.id, beat.counters).items():
             if key in self._counters:
                 self._counters[key].labels(*labels).inc(growth)
@@ -55,6 +79,8 @@ class Meters:
         self._tally.forget(te)
         for gauge in self._gauges.values():
             gauge.labels(model, place).set(0)
+        for state in _STATES:
+            self._blocks.labels(model, place, state).set(0)
 
     def restarted(self, model: str, place: str) -> None:
         """A new TE was started in `place`."""

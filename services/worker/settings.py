@@ -1,24 +1,29 @@
 """Settings of the pod host and of its Task Executors: one frozen value, read once from `DEEPFLOW_*` variables.
 
-A pod host hands its own environment down to its TEs and adds the three variables that make a TE one (`for_te`). This
+A pod host hands its own environment down to its TEs and adds the variables that make a TE one (`for_te`). This
 module must not know processes, the bus or torch.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from shared.arena.place import arena_dir
 from shared.config import ConfigError, Reader, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 DTYPES = ("auto", "w8a8", "fp32", "bf16")
 KERNELS = ("auto", "native", "torch")
+ROLES = ("colocated", "prefill", "decode")
 _KV_BYTES = 1 << 30
+_MAX_TES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +31,9 @@ class WorkerSettings(Settings):
     """What a pod host needs, and what all its TEs have in common."""
 
     models: tuple[str, ...]
-    num_tes: int  # of each model
+    num_colocated: int  # TEs of each model that both prefill and decode
+    num_prefill: int  # TEs of each model for the one
+    num_decode: int  # and for the other
     device: str  # auto: the best there is
     tp: int  # executors that share each layer of a model
     pp: int  # stages of layers, each of `tp` executors
@@ -41,6 +48,10 @@ class WorkerSettings(Settings):
     max_waiting: int
     threads: int  # compute threads of one executor
     load_timeout_s: float  # a TE that is not ready by then is replaced
+    arena_dir: Path  # the host's, shared with its cache service
+    fabric: str  # the address that DistFlow binds to
+    fetch_timeout_s: float  # what of a prompt's KV has not come from elsewhere by then is computed
+    fetch_min_s: float  # what is computed within that time is not asked for elsewhere
 
     @classmethod
     def read(cls, reader: Reader) -> dict[str, Any]:
@@ -50,7 +61,12 @@ class WorkerSettings(Settings):
         models = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
         if not models:
             raise ConfigError("DEEPFLOW_MODELS names no model")
-        num_tes = reader.integer("DEEPFLOW_WORKERS", 1, 1, 1024)
+        num_prefill, num_decode = read_pd(reader.text("DEEPFLOW_PD", ""))
+        split = num_prefill > 0
+        num_colocated = reader.integer(
+            "DEEPFLOW_WORKERS", 0 if split else 1, 0 if split else 1, _MAX_TES
+        )
+        num_tes = num_colocated + num_prefill + num_decode
         threads = reader.integer("DEEPFLOW_THREADS", 0, 0, 1024)
         max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
         dtype = reader.choice("DEEPFLOW_DTYPE", "auto", DTYPES)
@@ -59,9 +75,12 @@ class WorkerSettings(Settings):
         tp = reader.integer("DEEPFLOW_TP", 1, 1, 64)
         pp = reader.integer("DEEPFLOW_PP", 1, 1, 64)
         native = dtype in ("auto", "w8a8") and kernels != "torch" and tp * pp == 1
-        return Settings.read(reader) | {
+        common = Settings.read(reader)
+        return common | {
             "models": models,
-            "num_tes": num_tes,
+            "num_colocated": num_colocated,
+            "num_prefill": num_prefill,
+            "num_decode": num_decode,
             "device": reader.choice("DEEPFLOW_DEVICE", "auto", DEVICES),
             "tp": tp,
             "pp": pp,
@@ -80,6 +99,10 @@ class WorkerSettings(Settings):
             "threads": threads
             or default_threads(num_cores(), num_tes * len(models) * tp * pp, native=native),
             "load_timeout_s": reader.number("DEEPFLOW_LOAD_TIMEOUT_S", 600.0, 1.0, 86400.0),
+            "arena_dir": arena_dir(reader, common["home_dir"]),
+            "fabric": reader.text("DEEPFLOW_FABRIC", "127.0.0.1"),
+            "fetch_timeout_s": reader.number("DEEPFLOW_FETCH_TIMEOUT_S", 2.0, 0.0, 60.0),
+            "fetch_min_s": reader.number("DEEPFLOW_FETCH_MIN_MS", 15.0, 0.0, 60_000.0) / 1000,
         }
 
 
@@ -89,6 +112,7 @@ class TeSettings(WorkerSettings):
 
     model: str
     pod: str  # the instance name of its pod host
+    role: str  # one of ROLES: what it is meant for; it runs any task
 
     @classmethod
     def read(cls, reader: Reader) -> dict[str, Any]:
@@ -98,7 +122,8 @@ class TeSettings(WorkerSettings):
         for name, value in (("DEEPFLOW_TE_MODEL", model), ("DEEPFLOW_TE_POD", pod)):
             if not value:
                 raise ConfigError(f"{name} is not set: a TE is started by a pod host")
-        return fields | {"model": model, "pod": pod}
+        role = reader.choice("DEEPFLOW_TE_ROLE", "colocated", ROLES)
+        return fields | {"model": model, "pod": pod, "role": role}
 
 
 def for_te(
@@ -107,6 +132,7 @@ def for_te(
     *,
     model: str,
     pod: str,
+    role: str,
     devices: Mapping[str, str],
 ) -> dict[str, str]:
     """The environment of a TE of `model`: the pod host's own, what makes it that TE, and the accelerators it sees."""
@@ -115,6 +141,7 @@ def for_te(
         **devices,
         "DEEPFLOW_TE_MODEL": model,
         "DEEPFLOW_TE_POD": pod,
+        "DEEPFLOW_TE_ROLE": role,
         "DEEPFLOW_INSTANCE": "",
         "DEEPFLOW_PARENT_PID": str(os.getpid()),
         "DEEPFLOW_METRICS_PORT": "0",  # its numbers are on the pod host's port
@@ -122,6 +149,20 @@ def for_te(
         "DEEPFLOW_THREADS": str(settings.threads),
         **compute_env(settings.threads),
     }
+
+
+def read_pd(text: str) -> tuple[int, int]:
+    """The numbers of prefill and of decode TEs in a text like `1p2d`; none of either where it is empty.
+
+    Raises ConfigError.
+    """
+    if not text:
+        return 0, 0
+    match = re.fullmatch(r"(\d{1,4})p(\d{1,4})d", text)
+    numbers = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(0 < number <= _MAX_TES for number in numbers):
+        raise ConfigError(f"DEEPFLOW_PD={text}: must be like 1p1d, at least one of each")
+    return numbers
 
 
 def read_kernels(reader: Reader) -> str:

@@ -1,8 +1,9 @@
 """The TE-shell: everything a Task Executor says and hears on the bus.
 
 It admits tasks, hands work to the engine's thread, and turns each of the engine's reports into one frame per client,
-the changes of the index, and the ends of tasks. All of its state lives in the event loop. It must not know how tokens
-are made, and it never waits for a step before it answers a task.
+the changes of the index, and the ends of tasks; where KV comes from and goes to is its module `caching`. All of its
+state lives in the event loop. It must not know how tokens are made, and it never waits for a step before it answers a
+task.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from services.worker.admission import Admission
+from services.worker.caching import Caching
 from services.worker.clients import Clients
 from services.worker.loop import EngineLoop, Report
 from services.worker.pulse import Pulse
@@ -34,35 +36,36 @@ from shared.messages import (
     Cancel,
     Delta,
     Down,
+    Handover,
+    Prefilled,
     Registration,
     Replay,
     Replayed,
-    Request,
     Task,
     TaskEnded,
+    TaskKind,
     TeBeat,
     Tokens,
 )
 from shared.service import Service, host_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from services.worker.flowserve.engine import Engine
-    from services.worker.flowserve.outcome import Ended
+    from services.worker.flowserve.outcome import Handed
+    from services.worker.loop import Load
     from shared.catalog import ModelFolder
 
 _JUDGE_S: Final = 0.25
+_LAST_COPIES_S: Final = 2.0  # for KV to reach the arena, if the requests took all of the grace
 _RETRY_S: Final = (1.0, 60.0)  # what a refused task is told to wait, at least and at most
 
 
 class Shell:
-    """One TE on the bus. `load` makes its engine; it runs in the engine's thread."""
+    """One TE on the bus. `load` makes its engine; it runs in the engine's thread, see `EngineLoop`."""
 
-    def __init__(
-        self, service: Service[TeSettings], folder: ModelFolder, load: Callable[[], Engine]
-    ) -> None:
+    def __init__(self, service: Service[TeSettings], folder: ModelFolder, load: Load) -> None:
         settings = service.settings
         backend = pick_backend(folder, settings)
         self._service = service
@@ -77,6 +80,7 @@ class Shell:
             pid=os.getpid(),
             model=settings.model,
             pod=settings.pod,
+            role=settings.role,
             page=backend.page,
             recipe_digest=recipe_digest(folder, backend),
         )
@@ -86,6 +90,7 @@ class Shell:
         self._registrar = Registrar(service.bus, service.log)
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._loop = EngineLoop(load, self._reports.put_nowait, self._pulse)
+        self._caching = Caching(service, self._loop, self._registration.recipe_digest)
         self._engine: Engine | None = None  # only for what may be asked from another thread
         self._admission: Admission | None = None
         self._before: Counter[str] = Counter()  # the engine's counters when it was ready
@@ -126,6 +131,7 @@ class Shell:
         )
         self._before = Counter(engine.counters)
         self._ledger = engine.ledger()
+        await self._caching.open(engine)
         kinds: tuple[type[Task | Replay], ...] = (Task, Replay)
         await self._bus.serve(subjects.task(self._te), kinds, self._take)
         await self._bus.serve(subjects.blocks_dump(self._te), (BlocksQuery,), self._dump)
@@ -146,8 +152,19 @@ class Shell:
         request, now = message.request, time.monotonic()
         if self._admission.admit(message, now):
             self._clients.began(request.client, now)
-            self._loop.post(partial(_submit, request))
+            self._caching.expect(message)
+            self._loop.post(partial(self._submit, message))
         return Accepted(request=request.request, attempt=request.attempt, by=self._te, te=self._te)
+
+    def _submit(self, task: Task, engine: Engine, report: Report) -> None:
+        """In the engine's thread."""
+        request, prefill_only = task.request, task.kind is TaskKind.PREFILL
+        try:
+            engine.submit(request, prefill_only=prefill_only, handover=task.handover)
+        except DeepFlowError as error:  # a cancel overtook it: it was accepted, so it gets its end
+            report.deltas += engine.refuse(request, failure(error))
+        for want in engine.take_wants():
+            self._caching.want(want, engine)
 
     def _cancel(self, cancel: Cancel) -> None:
         def drop(engine: Engine, report: Report) -> None:
@@ -189,14 +206,15 @@ class Shell:
             if report.error is not None:
                 self._log.error("step_failed", exc_info=report.error)
             self._ledger = report.ledger
+            self._caching.take(report)
             frames: dict[str, list[Delta]] = {}
             for client, delta in report.deltas:
                 if self._clients.alive(client):
                     frames.setdefault(client, []).append(self._verdict(delta))
             for client, deltas in frames.items():
                 await self._send_tokens(client, deltas)
-            for ended in report.ended:
-                await self._send_ended(ended)
+            if report.ended:
+                await self._send_ends(report)
             if report.stored or report.removed:
                 subject = self._bus.subjects.blocks(self._model, self._te)
                 events = BlockEvents(
@@ -232,24 +250,30 @@ class Shell:
         except DeepFlowError as error:
             self._lose(error)
 
-    async def _send_ended(self, ended: Ended) -> None:
-        """The engine is done with a request: strike it off the books and tell its JE."""
+    async def _send_ends(self, report: Report) -> None:
+        """Strike what the engine is done with off the books, then tell the JEs: they may send the next task at once."""
         assert self._admission is not None
-        task = self._admission.ended(ended.request, ended.attempt, time.monotonic())
+        now = time.monotonic()
+        ends = [(self._admission.ended(e.request, e.attempt, now), e) for e in report.ended]
         self._task_ended.set()
-        if task is None:
-            return
-        message = TaskEnded(
-            task=task.task,
-            request=ended.request,
-            attempt=ended.attempt,
-            te=self._te,
-            finish=ended.finish,
-            prompt_tokens=ended.prompt_tokens,
-            cached_tokens=ended.cached_tokens,
-            output_tokens=ended.output_tokens,
-        )
-        await self._publish(self._bus.subjects.events(task.je), message)
+        prefilled = {(handed.request, handed.attempt): handed for handed in report.prefilled}
+        for task, ended in ends:
+            if task is None:
+                continue
+            events = self._bus.subjects.events(task.je)
+            if (handed := prefilled.get((ended.request, ended.attempt))) is not None:
+                await self._publish(events, _prefilled(task, handed, self._te))
+            message = TaskEnded(
+                task=task.task,
+                request=ended.request,
+                attempt=ended.attempt,
+                te=self._te,
+                finish=ended.finish,
+                prompt_tokens=ended.prompt_tokens,
+                cached_tokens=ended.cached_tokens,
+                output_tokens=ended.output_tokens,
+            )
+            await self._publish(events, message)
 
     async def _publish(self, subject: str, message: object) -> None:
         try:
@@ -269,15 +293,24 @@ class Shell:
         state = "draining" if self._service.stopping.is_set() else self._state
         service, engine = self._service, self._engine
         if engine is None:
-            return TeBeat(id=self._te, model=self._model, pod=service.settings.pod, state=state)
+            return TeBeat(
+                id=self._te,
+                model=self._model,
+                pod=service.settings.pod,
+                role=service.settings.role,
+                state=state,
+            )
         load = engine.load()
         counters = Counter(engine.counters)
+        counters.subtract(self._before)
+        counters.update(self._caching.counters)
         return TeBeat(
             id=self._te,
             model=self._model,
             pod=service.settings.pod,
             state=state,
-            step=counters["steps"],
+            role=service.settings.role,
+            step=engine.counters["steps"],
             progress_ms=round(self._pulse.age_s(time.monotonic()) * 1000),
             step_ms=load.step_ms,
             running=load.running,
@@ -287,7 +320,10 @@ class Shell:
             blocks_total=load.blocks_total,
             blocks_used=load.blocks_used,
             blocks_cached=load.blocks_cached,
-            counters={name: float(n - self._before[name]) for name, n in counters.items()},
+            blocks_leased=load.blocks_leased,
+            blocks_reserved=load.blocks_reserved,
+            host=self._caching.host,
+            counters={name: float(n) for name, n in counters.items()},
         )
 
     def _status(self) -> dict[str, Any]:
@@ -295,13 +331,15 @@ class Shell:
         return {
             "model": self._model,
             "pod": beat.pod,
-            "role": "colocated",
+            "role": beat.role,
             "state": beat.state,
             "running": beat.running,
             "waiting": beat.waiting,
             "blocks_total": beat.blocks_total,
             "blocks_used": beat.blocks_used,
             "blocks_cached": beat.blocks_cached,
+            "blocks_leased": beat.blocks_leased,
+            **self._caching.status(),
             "messages_lost": self._num_lost,
             "counters": beat.counters,
         }
@@ -309,11 +347,13 @@ class Shell:
     # ---------------------------------------------------------------------------------------------------- draining
 
     async def _drain(self) -> None:
-        """Take nothing new, finish within the grace, fail what is left, and let everything out."""
+        """Take nothing new, finish within the grace, fail what is left, and let everything out: KV to the arena too."""
         if self._admission is not None:
             self._admission.draining = True
+            clock = asyncio.get_running_loop().time
+            give_up = clock() + self._service.settings.grace_s
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._service.settings.grace_s):
+                async with asyncio.timeout_at(give_up):
                     while self._admission.tasks():
                         self._task_ended.clear()
                         await self._task_ended.wait()
@@ -321,8 +361,12 @@ class Shell:
             for task in self._admission.tasks():
                 request = task.request
                 self._cancel(Cancel(request=request.request, attempt=request.attempt))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(max(give_up, clock() + _LAST_COPIES_S)):
+                    await self._caching.finish()
             await self._loop.stop()
             await self._reports.join()
+            await self._caching.close()
         await self._registrar.remove("registrations", self._te)
 
 
@@ -332,8 +376,17 @@ def _retry_after_s(engine: Engine) -> float:
     return min(max(engine.load().outstanding_s / 2, low), high)
 
 
-def _submit(request: Request, engine: Engine, report: Report) -> None:
-    try:
-        engine.submit(request)
-    except DeepFlowError as error:  # a cancel overtook it: it was accepted, so it gets its end
-        report.deltas += engine.refuse(request, failure(error))
+def _prefilled(task: Task, handed: Handed, te: str) -> Prefilled:
+    return Prefilled(
+        task=task.task,
+        request=handed.request,
+        attempt=handed.attempt,
+        handover=Handover(
+            te=te,
+            lease=handed.lease,
+            num_pages=handed.num_pages,
+            ids=handed.ids,
+            logprobs=handed.logprobs,
+            cached=handed.cached,
+        ),
+    )

@@ -18,6 +18,8 @@ from shared.catalog import open_model
 from shared.service import Service, main
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from services.worker.flowserve.engine import Engine
 
 
@@ -30,10 +32,10 @@ async def open_te(service: Service[TeSettings]) -> None:
     picked = pick(settings.device)
     service.log.info("device_picked", device=picked.name, why=picked.why, threads=settings.threads)
 
-    def load() -> Engine:
+    def load(wake: Callable[[], None]) -> Engine:
         from services.worker.loading import load_engine
 
-        return load_engine(folder, settings)
+        return load_engine(folder, settings, wake)
 
     await Shell(service, folder, load).open()
 

@@ -29,6 +29,8 @@ from shared.messages import (
     Cancel,
     Delta,
     Down,
+    Handover,
+    Prefilled,
     Request,
     Sampling,
     StatusQuery,
@@ -125,6 +127,7 @@ class Peer:
         self.je = instance_id("scheduler")
         self.frames: list[Tokens] = []
         self.ended: list[TaskEnded] = []
+        self.prefilled: list[Prefilled] = []
         self.beats: dict[str, TeBeat] = {}
         self.downs: list[Down] = []
         self.events: list[BlockEvents] = []
@@ -139,7 +142,8 @@ class Peer:
         peer, names = cls(bus), bus.subjects
         try:
             await bus.listen(names.tokens(peer.client), (Tokens,), peer._hear(peer.frames.append))
-            await bus.listen(names.events(peer.je), (TaskEnded,), peer._hear(peer.ended.append))
+            told: tuple[type[TaskEnded | Prefilled], ...] = (TaskEnded, Prefilled)
+            await bus.listen(names.events(peer.je), told, peer._hear(peer._told))
             await bus.listen(names.beat("te", "*"), (TeBeat,), peer._hear(peer._te_beat))
             await bus.listen(names.down("te", "*"), (Down,), peer._hear(peer.downs.append))
             await bus.listen(names.blocks("*", "*"), (BlockEvents,), peer._hear(peer.events.append))
@@ -156,6 +160,13 @@ class Peer:
             self._news.set()
 
         return hear
+
+    def _told(self, event: TaskEnded | Prefilled) -> None:
+        if isinstance(event, Prefilled):
+            assert not any(end.task == event.task for end in self.ended), "told after the end"
+            self.prefilled.append(event)
+        else:
+            self.ended.append(event)
 
     def _te_beat(self, beat: TeBeat) -> None:
         self.beats[beat.id] = beat
@@ -211,10 +222,17 @@ class Peer:
             **fields,
         )
 
-    async def send(self, te: str, request: Request, kind: TaskKind = TaskKind.GENERATE) -> Accepted:
+    async def send(
+        self,
+        te: str,
+        request: Request,
+        kind: TaskKind = TaskKind.GENERATE,
+        handover: Handover | None = None,
+    ) -> Accepted:
         """Send the request's task to a TE. Raises what the TE refuses it with."""
-        name = f"{request.request}.{request.attempt}"
-        task = Task(task=name, job=name, je=self.je, kind=kind, request=request)
+        job = f"{request.request}.{request.attempt}"
+        name = f"{job}.decode" if kind is TaskKind.DECODE else job
+        task = Task(task=name, job=job, je=self.je, kind=kind, request=request, handover=handover)
         subject = self.bus.subjects.task(te)
         return await self.bus.request(subject, task, Accepted, timeout_s=5)
 
@@ -235,7 +253,8 @@ class Peer:
         give_up = time.monotonic() + timeout_s
         while True:
             ledger = await self.status(te, "ledger")
-            assert ledger["total"] == ledger["live"] + ledger["cached"] + ledger["free"]
+            states = ("live", "cached", "leased", "moving", "free")
+            assert ledger["total"] == sum(ledger.get(state, 0) for state in states)
             if not ledger["live"]:
                 return ledger
             assert time.monotonic() < give_up, f"blocks are still held: {ledger}"

@@ -51,7 +51,7 @@ class Side:
         self.reports: list[Report] = []
         self.news = asyncio.Event()
         self.pulse = Pulse()
-        self.loop = EngineLoop(lambda: load_engine(folder, settings), self._deliver, self.pulse)
+        self.loop = EngineLoop(lambda _: load_engine(folder, settings), self._deliver, self.pulse)
 
     def _deliver(self, report: Report) -> None:
         self.reports.append(report)

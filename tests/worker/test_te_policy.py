@@ -20,7 +20,7 @@ from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.engine import Engine
 from services.worker.pulse import FORGIVEN_S, Pulse
 from services.worker.recipe import model_entry, pick_backend, recipe_digest, served_context
-from services.worker.settings import TeSettings, WorkerSettings, for_te
+from services.worker.settings import TeSettings, WorkerSettings, default_threads, for_te, num_cores
 from services.worker.tally import Tally
 from shared.catalog import open_model
 from shared.config import ConfigError
@@ -101,6 +101,26 @@ def test_refusals_leave_the_books_as_they_were() -> None:
     assert not admission.admit(task("mine"), 0.0)
     assert [owed.task for owed in admission.tasks()] == ["mine.0"]
     assert admission.num_choices == 1
+
+
+def test_the_te_that_prefilled_may_decode_the_same_attempt() -> None:
+    """A decode task follows the prefill task of its attempt, each once; while that runs it is refused."""
+    admission = books()
+    prefill, decode = task("a", kind=TaskKind.PREFILL), task("a", kind=TaskKind.DECODE)
+    assert admission.admit(prefill, 0.0)
+    assert not admission.admit(prefill, 0.0)
+    with pytest.raises(InvalidRequest):
+        admission.admit(decode, 0.0)
+    assert admission.ended("a", 0, 1.0) is prefill
+    assert not admission.admit(prefill, 1.0)
+    assert admission.admit(decode, 1.0)
+    assert not admission.admit(decode, 1.0)
+    assert not admission.admit(prefill, 1.0)
+    assert admission.num_choices == 1
+    assert admission.ended("a", 0, 2.0) is decode
+    assert not admission.admit(decode, 2.0)
+    assert not admission.admit(prefill, 2.0)
+    assert admission.num_choices == 0
 
 
 def test_the_bound_counts_choices_and_says_when_to_come_again() -> None:
@@ -338,11 +358,27 @@ def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
     env = {"DEEPFLOW_MODELS": "a, b,a", "DEEPFLOW_THREADS": "3", "DEEPFLOW_METRICS_PORT": "9000"}
     pod = WorkerSettings.load(env)
     assert pod.models == ("a", "b")
-    given_env = for_te(env, pod, model="b", pod="pod-1", devices={"CUDA_VISIBLE_DEVICES": "1"})
+    given_env = for_te(
+        env, pod, model="b", pod="pod-1", role="decode", devices={"CUDA_VISIBLE_DEVICES": "1"}
+    )
     assert given_env["OMP_NUM_THREADS"] == "3"
     assert given_env["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     te = TeSettings.load(given_env)
     assert (te.model, te.pod, te.threads, te.metrics_port) == ("b", "pod-1", 3, 0)
+    assert te.role == "decode"
+
+
+def test_prefill_and_decode_tes_stand_beside_colocated_ones_or_alone() -> None:
+    """There is one colocated TE if nobody says else, none beside a pair of the other roles; all share the cores."""
+    for env, numbers in (
+        ({}, (1, 0, 0)),
+        ({"DEEPFLOW_PD": "1p2d"}, (0, 1, 2)),
+        ({"DEEPFLOW_PD": "2p1d", "DEEPFLOW_WORKERS": "3"}, (3, 2, 1)),
+        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "0"}, (0, 1, 1)),
+    ):
+        settings = WorkerSettings.load(env)
+        assert (settings.num_colocated, settings.num_prefill, settings.num_decode) == numbers
+    assert settings.threads == default_threads(num_cores(), 2, native=True)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +386,8 @@ def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
     [
         ("DEEPFLOW_MODELS", " , "),
         ("DEEPFLOW_WORKERS", "0"),
+        ("DEEPFLOW_PD", "1p"),
+        ("DEEPFLOW_PD", "0p1d"),
         ("DEEPFLOW_DTYPE", "int4"),
         ("DEEPFLOW_DEVICE", "tpu"),
         ("DEEPFLOW_TP", "0"),

@@ -1,0 +1,48 @@
+"""The pod's metrics about KV: blocks by state, and what TEs fetched and copied, over the restart of one."""
+
+from __future__ import annotations
+
+from services.worker.meters import Meters
+from shared.messages import TeBeat
+from shared.metrics import Metrics
+
+
+def beat(te: str, **counters: float) -> TeBeat:
+    return TeBeat(
+        id=te,
+        model="m",
+        pod="pod-1",
+        state="ready",
+        blocks_total=100,
+        blocks_used=30,
+        blocks_cached=20,
+        blocks_leased=10,
+        counters=counters,
+    )
+
+
+def test_the_states_of_all_blocks_add_up_to_the_pool() -> None:
+    """Each block is in one state; those of a TE that died are in none."""
+    metrics = Metrics()
+    meters = Meters(metrics)
+    meters.beat("0", beat("te-1"))
+    states = {"live": 30, "cached": 20, "leased": 10, "free": 40}
+    for state, number in states.items():
+        line = f'deepflow_kv_blocks{{model_name="m",state="{state}",te="0"}} {number:.1f}'
+        assert line in metrics.text().decode()
+    meters.died("m", "0", "te-1")
+    for state in states:
+        line = f'deepflow_kv_blocks{{model_name="m",state="{state}",te="0"}} 0.0'
+        assert line in metrics.text().decode()
+
+
+def test_counters_of_fetches_and_copies_live_on_over_a_restart() -> None:
+    """The series of a place goes on growing when its TE was replaced by one that counts from zero."""
+    metrics = Metrics()
+    meters = Meters(metrics)
+    meters.beat("0", beat("te-1", copied_pages=5, fetched_arena=2))
+    meters.died("m", "0", "te-1")
+    meters.beat("0", beat("te-2", copied_pages=3, fetched_arena=0))
+    text = metrics.text().decode()
+    assert 'deepflow_kv_copied_pages_total{model_name="m",te="0"} 8.0' in text
+    assert 'deepflow_kv_fetched_arena_total{model_name="m",te="0"} 2.0' in text
