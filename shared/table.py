@@ -5,7 +5,6 @@ Messages are stored as JSON, which a person can read with any NATS tool. This mo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
@@ -20,6 +19,7 @@ from shared.subjects import decode, encode
 
 M = TypeVar("M")
 _MAX_TRIES: Final = 16
+_QUIET_S: Final = 0.5
 _ABSENT: Final = (nats.js.errors.KeyNotFoundError, nats.js.errors.KeyDeletedError)
 
 
@@ -120,18 +120,17 @@ class Table:
             f"{self._prefix}*", ignore_deletes=True, inactive_threshold=0.25
         )
         try:
-            async with asyncio.timeout(5):
-                async for entry in watcher:
-                    if (
-                        entry is None
-                    ):  # all present values have come, or something was removed meanwhile
+            # Where something is removed meanwhile, the end comes too early or not at all.
+            with contextlib.suppress(nats.errors.TimeoutError):
+                while True:
+                    entry = await watcher.updates(timeout=_QUIET_S)  # type: ignore[no-untyped-call]
+                    if entry is None:
                         break
                     found[entry.key] = entry
         finally:
             await watcher.stop()  # type: ignore[no-untyped-call]
-        for key in {
-            subject.removeprefix(start) for subject in info.state.subjects or {}
-        } - found.keys():
+        listed = {subject.removeprefix(start) for subject in info.state.subjects or {}}
+        for key in listed - found.keys():
             with contextlib.suppress(*_ABSENT):
                 found[key] = await self._bucket.get(key)
         return found

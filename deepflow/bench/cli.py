@@ -301,6 +301,33 @@ def quality(
 
 
 @app.command()
+def pic(
+    model: Model = "smollm2-135m",
+    num: Annotated[int, typer.Option(min=2, help="Prompts.")] = 6,
+    passages: Annotated[int, typer.Option(min=1, help="Of 512 tokens, in each prompt.")] = 4,
+    library: Annotated[int, typer.Option(min=1, help="Passages to choose from.")] = 6,
+    threads: Threads = 0,
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """Chunks of a prompt reused wherever they stand (EPIC): the time to the first token, and what the answers lose."""
+    from deepflow.bench.pic import Settings as PicSettings
+    from deepflow.bench.pic import bench_pic
+    from services.worker.settings import num_cores
+
+    settings = PicSettings(num=num, passages=passages, library=library, seed=seed)
+    cache_dir, folder = _open(model)
+    try:
+        with _progress() as progress:
+            report = bench_pic(
+                folder, cache_dir, settings, threads=threads or num_cores(), progress=progress
+            )
+    except DeepFlowError as error:
+        fail(error.message)
+    report.write(json, console)
+
+
+@app.command()
 def pipeline(
     num: Annotated[int, typer.Option(min=2, help="Requests in all.")] = 400,
     rate: Annotated[float, typer.Option(min=0.0001, help="Arrivals per virtual second.")] = 8.0,
@@ -330,6 +357,28 @@ def pipeline(
         report = bench_pipeline(load, seed)
     except ValueError as error:
         fail(f"--num: {error}", 2)
+    report.write(json, console)
+
+
+@app.command()
+def rtc(
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Replay a trace in Mooncake's format as well."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only to see that it works.")] = False,
+    seed: Seed = 0,
+    json: Json = "",
+) -> None:
+    """The KV cache's books against their bars, and its bytes against memcpy and bare sockets. About a minute."""
+    from deepflow.bench.rtc.bench import bench_rtc
+    from deepflow.bench.rtc.plan import QUICK, Plan
+
+    try:
+        with _progress() as progress:
+            report = bench_rtc(QUICK if quick else Plan(), seed, trace, progress)
+    except DeepFlowError as error:
+        fail(error.message, 2 if trace is not None else 1)
     report.write(json, console)
 
 

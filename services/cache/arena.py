@@ -80,7 +80,7 @@ class Arena:
         whose lock is free and forgets those whose file is gone. Orphans beyond the budget are removed."""
         for pins in (self._keeps, self._leases):
             for name in pins.expired(now):
-                pins.close(name, self._next())
+                pins.close(name, self._next)
         for place in self._reservations.overdue(now):
             self._clear(place)
         for extent in self._extents:
@@ -229,7 +229,7 @@ class Arena:
 
     def free(self, keep: str) -> bool:
         """An explicit cache has ended: its pages are as evictable as any. True if it was known."""
-        return self._keeps.close(keep, self._next())
+        return self._keeps.close(keep, self._next)
 
     def lease(self, lease: str, slots: Iterable[Slot], until: float) -> bool:
         """Holds slots for a reader elsewhere. False, and nothing is held, if one of them holds another page by now."""
@@ -244,7 +244,7 @@ class Arena:
         pin = self._leases.open(lease, until)
         if all(self._leases.add(pin, extent, index) for extent, index in found):
             return True
-        self._leases.close(lease, self._next())
+        self._leases.close(lease, self._next)
         return False
 
     def release(self, lease: str) -> bool:
@@ -253,7 +253,7 @@ class Arena:
         if pin is None:
             return False
         valid = all(self._has(place, generation) for place, generation in pin.places.items())
-        self._leases.close(lease, self._next())
+        self._leases.close(lease, self._next)
         return valid
 
     # -------------------------------------------------------------------------------------------------------- eviction
@@ -464,10 +464,8 @@ class Arena:
 
     def _scan(self, extent: Extent, now: float) -> None:
         """Makes the index agree with the slots' headers, where nobody writes; where somebody does, slots that are being
-        written are left to him. In the order in which they were written, as that of their use is not known."""
-        headers = list(enumerate(extent.headers()))
-        headers.sort(key=lambda pair: pair[1].generation if pair[1] else 0)
-        for index, header in headers:
+        written are left to him."""
+        for index, header in extent.headers():
             place = extent.place(index)
             if extent.locked and (header is None or header.state is State.WRITING):
                 if extent.uses[index] != Use.WRITING:

@@ -107,9 +107,20 @@ class Extent:
         raw = os.pread(self._fd, SLOT_HEADER_BYTES, self.layout.header(index))
         return SlotHeader.unpack(raw) if len(raw) == SLOT_HEADER_BYTES else None
 
-    def headers(self) -> list[SlotHeader | None]:
-        """What all slots say."""
-        return [SlotHeader.unpack(raw) for raw in self._table()]
+    def headers(self) -> Iterator[tuple[int, SlotHeader | None]]:
+        """What all slots say, in the order in which they should be evicted if no use is known: as they were given out,
+        but of those that were given out at once, which are a piece of a chain, the last one first."""
+        batch: list[tuple[int, SlotHeader | None]] = []
+        before = 0
+        headers = [SlotHeader.unpack(raw) for raw in self._table()]
+        generations = [header.generation if header else 0 for header in headers]
+        for index in sorted(range(self.num_slots), key=generations.__getitem__):
+            if generations[index] != before + 1:
+                yield from reversed(batch)
+                batch.clear()
+            batch.append((index, headers[index]))
+            before = generations[index]
+        yield from reversed(batch)
 
     def last_written(self) -> int:
         """The latest generation of its slots, by their headers."""

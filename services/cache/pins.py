@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from services.cache.extent import INDEX_BITS, Extent
 
@@ -67,12 +68,13 @@ class Pins:
         pin.places[place] = generation
         return True
 
-    def close(self, name: str, stamp: int) -> bool:
-        """Lets go of what the pin holds. True if there was such a pin."""
+    def close(self, name: str, stamp: Callable[[], int]) -> bool:
+        """Lets go of what the pin holds, which counts as a use. True if there was such a pin."""
         pin = self._pins.pop(name, None)
         if pin is None:
             return False
-        for place, generation in pin.places.items():
+        # Pages given out later come later in their chain, and are to be evicted first.
+        for place, generation in sorted(pin.places.items(), key=itemgetter(1), reverse=True):
             extent = self._extents.get(place >> INDEX_BITS)
             index = place & (1 << INDEX_BITS) - 1
             if extent is None or extent.generations[index] != generation:
@@ -80,7 +82,7 @@ class Pins:
             counts = self._counts(extent)
             if index in counts:
                 extent.mark_useful(index)
-                extent.unpin(counts, index, stamp)
+                extent.unpin(counts, index, stamp())
                 self.num_bytes -= 0 if index in counts else extent.kind.slot_bytes
         return True
 

@@ -1,9 +1,7 @@
-"""Two hosts that the peaceful tests of a module share: each started service costs a second."""
+"""Two hosts that the tests of a module share, where none of them harms either: starting one takes a second."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -13,6 +11,8 @@ from shared.bus import Bus
 from shared.config import BusSettings
 from tests.cache.hosts import SEGMENT_BYTES, Host, running
 from tests.nats_server import NatsServer
+
+ROOM = {"DEEPFLOW_ARENA_BYTES": str(48 * SEGMENT_BYTES)}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +33,18 @@ async def shared_bus(shared_nats: NatsServer) -> AsyncIterator[Bus]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def hosts(
+async def near(
     shared_nats: NatsServer, shared_bus: Bus, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[tuple[Host, Host]]:
-    """The near and the far host, with room for the pages of every test."""
-    room = {"DEEPFLOW_ARENA_BYTES": str(48 * SEGMENT_BYTES)}
-    async with contextlib.AsyncExitStack() as stack:
-        starting = [
-            stack.enter_async_context(
-                running(shared_nats, shared_bus, tmp_path_factory.mktemp(name) / "arena", **room)
-            )
-            for name in ("near", "far")
-        ]
-        near, far = await asyncio.gather(*starting)
-        yield near, far
+) -> AsyncIterator[Host]:
+    """A host with room for the pages of every test."""
+    async with running(shared_nats, shared_bus, tmp_path_factory.mktemp("near"), **ROOM) as host:
+        yield host
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def far(
+    shared_nats: NatsServer, shared_bus: Bus, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Host]:
+    """Another one."""
+    async with running(shared_nats, shared_bus, tmp_path_factory.mktemp("far"), **ROOM) as host:
+        yield host

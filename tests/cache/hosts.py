@@ -222,11 +222,25 @@ def _scrape(port: int) -> str:
         return text
 
 
-async def acquainted(host: Host, other: Host, hashes: Sequence[bytes]) -> None:
-    """Waits until `host` knows that `other` has these pages."""
+async def acquainted(host: Host, other: Host) -> None:
+    """Waits until `host` knows which pages `other` has."""
 
     async def knows() -> bool:
         body = await status(host.bus, "cache", host.cache)
-        return bool(body["tes"].get(other.cache, 0) >= len(hashes))
+        dump = await other.dump()
+        return bool(body["tes"].get(other.cache) == len(dump.hashes) and not body["unsynced"])
 
     await eventually(knows)
+
+
+async def nothing_is_left(*hosts: Host) -> None:
+    """Waits until no lease is held and nothing is on its way, and the slots balance."""
+    for host in hosts:
+
+        async def at_rest(host: Host = host) -> bool:
+            body = await host.ledger()
+            names = ("leases", "leased_bytes", "tickets", "moving_pages", "moving_bytes")
+            writing = [row["writing"] for row in body["arena"].values()]
+            return not any(body[name] for name in names) and not any(writing)
+
+        await eventually(at_rest, within_s=15)

@@ -52,6 +52,32 @@ def test_generations_go_on_where_the_epoch_was_lost(tmp_path: Path) -> None:
     after.close()
 
 
+def test_the_start_of_a_chain_outlives_its_end_after_a_restart(tmp_path: Path) -> None:
+    """The order of use is lost, but of pages that were written together the later ones go first, as always."""
+    before = Host(tmp_path, 1)
+    before.put("te", [1, 2, 3, 4])
+    before.close()
+    after = Host(tmp_path, 1, epoch=2)
+    after.put("te", [11])
+    after.put("te", [12])
+    assert after.has(range(20)) == [1, 2, 11, 12]
+    after.close()
+
+
+def test_the_start_of_a_chain_outlives_its_end_after_a_lease(tmp_path: Path) -> None:
+    """Pages that somebody held are evicted from the last to the first when they are let go."""
+    host = Host(tmp_path, 2)
+    chain = list(range(1, 9))
+    host.put("te", chain[:4])
+    host.put("te", chain[4:])
+    assert host.arena.lease("all", host.slots(chain[:4]), until=10.0)
+    host.slots(chain[4:])
+    assert host.arena.release("all")
+    host.fill("te", range(11, 17))
+    assert host.has(range(9)) == [1, 2]
+    host.close()
+
+
 def test_a_smaller_budget_with_living_writers(tmp_path: Path) -> None:
     """What lives is left alone; as soon as its holder is dead, it goes."""
     before = Host(tmp_path, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -30,49 +31,6 @@ from shared.messages import (
 from tests.cache.hosts import RECIPE, SLOT_BYTES, Writing, content, pages, running
 from tests.nats_server import NatsServer
 from tests.scheduler.players import MODEL, eventually, process, status, wait_ready
-
-
-async def test_what_a_te_writes_is_found_by_others(
-    nats: NatsServer, bus: Bus, tmp_path: Path
-) -> None:
-    """Pages that were written and committed are found, read back bit for bit, matched, and counted."""
-    chain = pages("a", 5)
-    async with running(nats, bus, tmp_path / "arena") as host:
-        with Writing(host, "te-1") as te:
-            assert (await host.populate(chain)).slots == []
-            assert await te.write(chain[:3]) == 3
-            await host.holds(chain, 3)
-            assert await te.write(chain) == 2  # the others are there
-            await host.holds(chain, 5)
-        question = Match(model=MODEL, hashes=chain)
-        matched = await bus.request(bus.subjects.rtc("match"), question, Matched, timeout_s=5)
-        assert [(h.te, h.num_pages, h.tier, h.host) for h in matched.holders] == [
-            (host.cache, 5, "host", host.name)
-        ]
-        dump = await host.dump()
-        assert sorted(dump.hashes) == sorted(chain)
-        assert dump.tier == "host"
-        (row,) = (await host.ledger())["arena"].values()
-        assert (row["cached"], row["writing"]) == (5, 0)
-        assert await host.counter("deepflow_cache_arena_slots", state="cached") == 5
-        assert await host.counter("deepflow_cache_pages_total", event="committed") == 5
-
-
-async def test_what_is_computed_faster_is_not_loaded(
-    nats: NatsServer, bus: Bus, tmp_path: Path
-) -> None:
-    """A TE that computes a page faster than it loads one is told to, and why."""
-    chain = pages("a", 3)
-    async with running(nats, bus, tmp_path / "arena") as host:
-        with Writing(host, "te-1") as te:
-            await te.write(chain)
-            await host.holds(chain, 3)
-            found = await host.populate(chain, page_us=10, load_us=11)
-            assert (found.slots, found.ticket) == ([], "")
-            assert "compute" in found.why
-            decisions = (await host.status())["decisions"]
-            assert decisions[0]["why"] == found.why
-            assert decisions[0]["outcome"] == "nothing"
 
 
 async def test_a_full_arena_forgets_the_coldest_but_not_what_is_kept(
@@ -246,3 +204,20 @@ async def test_a_lease_holds_pages_against_eviction(
                 assert answer.valid == valid
             body = await host.ledger()
             assert (body["leases"], body["leased_bytes"]) == (0, 0)
+
+
+async def test_an_arena_whose_folder_is_removed_ends_its_service(
+    nats: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    """TEs would not find it any more: the service ends and says why, and the next one starts with an empty arena."""
+    folder = tmp_path / "arena"
+    async with running(nats, bus, folder) as host:
+        with Writing(host, "te-1") as te:
+            await te.write(pages("a", 3))
+            await host.holds(pages("a", 3), 3)
+        shutil.rmtree(folder)
+        assert await asyncio.wait_for(host.child.wait(), 10) == 1
+    async with running(nats, bus, folder) as host:
+        with Writing(host, "te-1") as te:
+            await te.write(pages("b", 3))
+        await host.holds(pages("b", 3), 3)

@@ -1,12 +1,10 @@
-"""What a cache service that owns an arena does with messages nobody should send, and when its folder is taken away."""
+"""What a cache service does with messages that nobody should send."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,92 +30,81 @@ from shared.messages import (
     Slot,
     TeBeat,
 )
-from tests.cache.hosts import (
-    RECIPE,
-    SEGMENT_BYTES,
-    SLOT_BYTES,
-    Host,
-    Writing,
-    acquainted,
-    pages,
-    running,
-)
-from tests.nats_server import NatsServer
+from tests.cache.hosts import RECIPE, SLOT_BYTES, Host, Writing, pages
 from tests.scheduler.players import MODEL, eventually
 
 HUGE = 2**63
+pytestmark = [pytest.mark.service, pytest.mark.asyncio(loop_scope="module")]
 
 
-async def test_messages_that_make_no_sense_do_no_harm(
-    nats: NatsServer, bus: Bus, tmp_path: Path
-) -> None:
-    """Absurd sizes, negative numbers, names of nothing and of paths are refused or ignored; all that was there stays."""
+async def test_messages_that_make_no_sense_do_no_harm(shared_bus: Bus, near: Host) -> None:
+    """Absurd sizes, negative numbers, and names of nothing or of paths are refused or ignored; what was there stays."""
+    bus, host = shared_bus, near
     chain = pages("a", 4)
     subjects = bus.subjects
-    async with running(nats, bus, tmp_path / "arena") as host:
-        with Writing(host, "te-1") as te:
-            await te.write(chain)
-            await host.holds(chain, 4)
-            for fields in (
-                {"slot_bytes": 0},
-                {"slot_bytes": -5},
-                {"model": ""},
-                {"model": "x" * 300},
+    with Writing(host, "te-1") as te:
+        await te.write(chain)
+        await host.holds(chain, 4)
+        for fields in (
+            {"slot_bytes": 0},
+            {"slot_bytes": -5},
+            {"model": ""},
+            {"model": "x" * 300},
+        ):
+            for ask in (
+                host.copy("te-2", pages("b", 1), **fields),
+                host.populate(chain, **fields),
             ):
-                for ask in (
-                    host.copy("te-2", pages("b", 1), **fields),
-                    host.populate(chain, **fields),
-                ):
-                    with pytest.raises(InvalidRequest):
-                        await ask
-            with pytest.raises(InvalidRequest):
-                await host.copy("", pages("b", 1))
-            for name in ("page_us", "load_us"):
                 with pytest.raises(InvalidRequest):
-                    await host.populate(chain, **{name: -1})
-            assert (await host.copy("te-2", chain, slot_bytes=HUGE)).slots == [None] * 4
-            assert (await host.copy("te-2", [b"", b"x" * 99])).slots == [None] * 2
-            kept = Keep(id="", ttl_ms=-HUGE)
-            assert (await host.copy("te-2", chain, keep=kept)).slots == [None] * 4
-            assert (await host.populate(chain, slot_bytes=HUGE)).slots == []
-            with pytest.raises(NotFound):
-                await host.query("../lock")
+                    await ask
+        with pytest.raises(InvalidRequest):
+            await host.copy("", pages("b", 1))
+        for name in ("page_us", "load_us"):
+            with pytest.raises(InvalidRequest):
+                await host.populate(chain, **{name: -1})
+        assert (await host.copy("te-2", chain, slot_bytes=HUGE)).slots == [None] * 4
+        assert (await host.copy("te-2", [b"", b"x" * 99])).slots == [None] * 2
+        kept = Keep(id="", ttl_ms=-HUGE)
+        assert (await host.copy("te-2", chain, keep=kept)).slots == [None] * 4
+        assert (await host.populate(chain, slot_bytes=HUGE)).slots == []
+        with pytest.raises(NotFound):
+            await host.query("../lock")
 
-            (mine,) = te.writer.held
-            bad = [
-                Slot(segment=segment, index=index, generation=generation)
-                for segment in (mine, "../lock", "")
-                for index in (-1, 0, HUGE)
-                for generation in (-1, 0, HUGE)
-            ]
-            for name in ("te-1", "te-2", ""):
-                commit = Commit(te=name, written=bad, dropped=bad, returned=["../lock", "", mine])
-                await bus.publish(subjects.rtc("commit", host.name), commit)
-            for size, error in ((HUGE, Overloaded), (-1, InvalidRequest), (1, NotFound)):
-                ask_lease = LeaseRequest(
-                    by="", model=MODEL, recipe=RECIPE, hashes=chain, slot_bytes=size
-                )
-                with pytest.raises(error):
-                    await bus.request(subjects.link(host.cache), ask_lease, Leased, timeout_s=5)
-            for name in ("", "x" * 300):
-                te_beat = TeBeat(id=name, model=MODEL, pod="", state="ready")
-                await bus.publish(subjects.beat("te", "bad"), te_beat)
-                beat = Beat(kind="cache", id=name, host="h", models=[MODEL])
-                await bus.publish(subjects.beat("cache", "bad"), beat)
-            down = Down(kind="cache", id=host.cache, reason="a mistake")
-            await bus.publish(subjects.down("cache", host.cache), down)
+        (mine,) = te.writer.held
+        bad = [
+            Slot(segment=segment, index=index, generation=generation)
+            for segment in (mine, "../lock", "")
+            for index in (-1, 0, HUGE)
+            for generation in (-1, 0, HUGE)
+        ]
+        for name in ("te-1", "te-2", ""):
+            commit = Commit(te=name, written=bad, dropped=bad, returned=["../lock", "", mine])
+            await bus.publish(subjects.rtc("commit", host.name), commit)
+        for size, error in ((HUGE, Overloaded), (-1, InvalidRequest), (1, NotFound)):
+            ask_lease = LeaseRequest(
+                by="", model=MODEL, recipe=RECIPE, hashes=chain, slot_bytes=size
+            )
+            with pytest.raises(error):
+                await bus.request(subjects.link(host.cache), ask_lease, Leased, timeout_s=5)
+        for name in ("", "x" * 300):
+            te_beat = TeBeat(id=name, model=MODEL, pod="", state="ready")
+            await bus.publish(subjects.beat("te", "bad"), te_beat)
+            beat = Beat(kind="cache", id=name, host="h", models=[MODEL])
+            await bus.publish(subjects.beat("cache", "bad"), beat)
+        down = Down(kind="cache", id=host.cache, reason="a mistake")
+        await bus.publish(subjects.down("cache", host.cache), down)
 
-            await asyncio.sleep(0.5)  # more than a tick
-            await host.holds(chain, 4)
-            (row,) = (await host.ledger())["arena"].values()
-            assert (row["cached"], row["writing"]) == (4, 0)
-            question = Match(model=MODEL, hashes=chain)
-            matched = await bus.request(subjects.rtc("match"), question, Matched, timeout_s=5)
-            assert [(h.te, h.num_pages, h.host) for h in matched.holders] == [
-                (host.cache, 4, host.name)
-            ]
-            assert await te.write(pages("c", 2)) == 2
-            await host.holds(pages("c", 2), 2)
+        await asyncio.sleep(0.5)  # more than a tick
+        await host.holds(chain, 4)
+        (row,) = (await host.ledger())["arena"].values()
+        assert (row["cached"], row["writing"]) == (4, 0)
+        question = Match(model=MODEL, hashes=chain)
+        matched = await bus.request(subjects.rtc("match"), question, Matched, timeout_s=5)
+        assert [(h.te, h.num_pages, h.host) for h in matched.holders] == [
+            (host.cache, 4, host.name)
+        ]
+        assert await te.write(pages("c", 2)) == 2
+        await host.holds(pages("c", 2), 2)
 
 
 @contextlib.asynccontextmanager
@@ -154,9 +141,10 @@ async def liar(bus: Bus, name: str, chain: Sequence[bytes], **lies: Any) -> Asyn
             }
             return Leased(**{**said, **lies})
 
+        kinds: tuple[type[Any], ...] = (LinkRequest, LeaseRequest, LeaseRelease)
         served = [
             await bus.serve(subjects.blocks_dump(name), (BlocksQuery,), dump),
-            await bus.serve(subjects.link(name), (LinkRequest, LeaseRequest, LeaseRelease), answer),
+            await bus.serve(subjects.link(name), kinds, answer),
         ]
 
         async def beats() -> None:
@@ -176,9 +164,7 @@ async def liar(bus: Bus, name: str, chain: Sequence[bytes], **lies: Any) -> Asyn
                 await subscription.stop()
 
 
-async def test_what_another_host_makes_up_is_not_believed(
-    nats: NatsServer, bus: Bus, tmp_path: Path
-) -> None:
+async def test_what_another_host_makes_up_is_not_believed(shared_bus: Bus, near: Host) -> None:
     """A holder whose lease is nonsense, or whose bytes are not what was once written, brings no page; we live on."""
     lies: list[dict[str, Any]] = [
         {},  # but the checksums are wrong
@@ -194,69 +180,15 @@ async def test_what_another_host_makes_up_is_not_believed(
         {"generation": HUGE},
         {"page_bytes": 0},
     ]
-    async with running(nats, bus, tmp_path / "arena") as host:
-        for number, lie in enumerate(lies):
-            name, chain = f"cache-liar{number}", pages(f"lie{number}", 4)
-            async with liar(bus, name, chain, **lie):
+    for number, lie in enumerate(lies):
+        name, chain = f"cache-liar{number}", pages(f"lie{number}", 4)
+        async with liar(shared_bus, name, chain, **lie):
 
-                async def tried(name: str = name, chain: list[bytes] = chain) -> bool:
-                    assert (await host.fetched(chain)).slots == []
-                    return name in (await host.status())["decisions"][0]["why"]
+            async def tried(name: str = name, chain: list[bytes] = chain) -> bool:
+                assert (await near.fetched(chain)).slots == []
+                return name in (await near.status())["decisions"][0]["why"]
 
-                await eventually(tried)
-                assert (await host.status())["decisions"][0]["outcome"] == "failed"
-        body = await host.ledger()
-        assert (body["moving_pages"], body["moving_bytes"], body["leased_bytes"]) == (0, 0, 0)
-
-
-async def test_segments_go_to_whom_needs_them(nats: NatsServer, bus: Bus, tmp_path: Path) -> None:
-    """In an arena that is full, a fetch gets room from the TE that has it all, and a TE from the service itself, also
-    if that has nothing more to write."""
-    chain, small = pages("a", 32), {"DEEPFLOW_ARENA_BYTES": str(2 * SEGMENT_BYTES)}
-    async with (
-        running(nats, bus, tmp_path / "near", **small) as near,
-        running(nats, bus, tmp_path / "far") as far,
-    ):
-        with Writing(far, "te-far") as far_te, Writing(near, "te-near") as near_te:
-            await far_te.write(chain)
-            await far.holds(chain, 32)
-            await acquainted(near, far, chain)
-            assert near.read((await near.fetched(chain)).slots, chain) == 32
-
-            async def room() -> bool:
-                return await near_te.write(pages("b", 4)) > 0
-
-            await eventually(room)
-            await near_te.write(pages("c", 32))
-            await _gets_room(near, near_te)
-
-
-async def _gets_room(host: Host, te: Writing) -> None:
-    """Waits until what is fetched next fits, though `te` goes on writing."""
-    number = 0
-
-    async def fetched() -> bool:
-        nonlocal number
-        number += 1
-        await te.write(pages(f"more{number}", 4))
-        found = await host.fetched(pages("a", 32))
-        return len(found.slots) == host.read(found.slots, pages("a", 32)) > 0
-
-    await eventually(fetched)
-
-
-async def test_an_arena_whose_folder_is_removed_ends_its_service(
-    nats: NatsServer, bus: Bus, tmp_path: Path
-) -> None:
-    """TEs would not find it any more: the service ends and says why, and the next one starts with an empty arena."""
-    folder = tmp_path / "arena"
-    async with running(nats, bus, folder) as host:
-        with Writing(host, "te-1") as te:
-            await te.write(pages("a", 3))
-            await host.holds(pages("a", 3), 3)
-        shutil.rmtree(folder)
-        assert await asyncio.wait_for(host.child.wait(), 10) == 1
-    async with running(nats, bus, folder) as host:
-        with Writing(host, "te-1") as te:
-            await te.write(pages("b", 3))
-        await host.holds(pages("b", 3), 3)
+            await eventually(tried)
+            assert (await near.status())["decisions"][0]["outcome"] == "failed"
+    body = await near.ledger()
+    assert (body["moving_pages"], body["moving_bytes"], body["leased_bytes"]) == (0, 0, 0)

@@ -7,22 +7,24 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import pytest_asyncio
 
 from shared.bus import Bus
 from shared.errors import Unavailable
 from shared.messages import Down, Match, Matched
+from tests.cache.hosts import pages
 from tests.nats_server import NatsServer
 from tests.scheduler.players import MODEL, Te, eventually, process, status, wait_ready
 
-PAGES = [bytes([n]) * 16 for n in range(8)]
 NO_ARENA = {"DEEPFLOW_ARENA_BYTES": "off"}
+pytestmark = [pytest.mark.service, pytest.mark.asyncio(loop_scope="module")]
 
 
-@pytest.fixture
-async def cache(nats: NatsServer, bus: Bus) -> AsyncIterator[str]:
-    """A running cache; its id."""
-    async with process("cache", nats, **NO_ARENA) as (_, name):
-        await wait_ready(bus, "cache", name)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cache(shared_nats: NatsServer, shared_bus: Bus) -> AsyncIterator[str]:
+    """A running cache; its id. Every test has TEs and pages of its own."""
+    async with process("cache", shared_nats, **NO_ARENA) as (_, name):
+        await wait_ready(shared_bus, "cache", name)
         yield name
 
 
@@ -52,104 +54,120 @@ async def synced(bus: Bus, cache: str, *tes: str) -> None:
     await eventually(holds)
 
 
-async def test_match_follows_the_events(bus: Bus, cache: str) -> None:
+async def test_match_follows_the_events(shared_bus: Bus, cache: str) -> None:
     """Stored pages are matched, longest prefix first, removed ones no more, and other models see none of it."""
-    async with Te(bus, "te-a") as a, Te(bus, "te-b") as b:
-        await synced(bus, cache, "te-a", "te-b")
-        await a.change(PAGES[:3])
-        await b.change(PAGES[:5])
-        await answered(bus, PAGES, {"te-b": 5, "te-a": 3})
-        assert list(await match(bus, PAGES)) == ["te-b", "te-a"]
-        await b.change([], PAGES[1:2])
-        await answered(bus, PAGES, {"te-a": 3, "te-b": 1})
-        assert await match(bus, PAGES, model="other") == {}
-        assert await match(bus, PAGES[7:]) == {}
+    chain = pages("a", 8)
+    async with Te(shared_bus, "te-a1") as a, Te(shared_bus, "te-a2") as b:
+        await synced(shared_bus, cache, "te-a1", "te-a2")
+        await a.change(chain[:3])
+        await b.change(chain[:5])
+        await answered(shared_bus, chain, {"te-a2": 5, "te-a1": 3})
+        assert list(await match(shared_bus, chain)) == ["te-a2", "te-a1"]
+        await b.change([], chain[1:2])
+        await answered(shared_bus, chain, {"te-a1": 3, "te-a2": 1})
+        assert await match(shared_bus, chain, model="other") == {}
+        assert await match(shared_bus, chain[7:]) == {}
 
 
-async def test_a_gap_is_mended_by_a_dump(bus: Bus, cache: str) -> None:
+async def test_a_gap_is_mended_by_a_dump(shared_bus: Bus, cache: str) -> None:
     """After a lost event the cache asks the TE for its whole index, and is right again."""
-    async with Te(bus, "te-a") as te:
-        await synced(bus, cache, "te-a")
+    chain = pages("b", 8)
+    async with Te(shared_bus, "te-b1") as te:
+        await synced(shared_bus, cache, "te-b1")
         before = te.num_dumps
-        await te.change(PAGES[:2])
-        await te.change([], PAGES[:1], lost=True)
-        await te.change(PAGES[:1] + PAGES[2:4])
-        await answered(bus, PAGES, {"te-a": 4})
+        await te.change(chain[:2])
+        await te.change([], chain[:1], lost=True)
+        await te.change(chain[:1] + chain[2:4])
+        await answered(shared_bus, chain, {"te-b1": 4})
         assert te.num_dumps == before + 1
-        body = await status(bus, "cache", cache)
+        body = await status(shared_bus, "cache", cache)
         assert (body["gaps"], body["pages"]) == (1, 4)
 
 
-async def test_events_during_a_dump_are_not_lost(bus: Bus, cache: str) -> None:
+async def test_events_during_a_dump_are_not_lost(shared_bus: Bus, cache: str) -> None:
     """What a TE says while its dump is under way is applied after it."""
-    async with Te(bus, "te-a") as te:
+    chain = pages("c", 8)
+    async with Te(shared_bus, "te-c1") as te:
         te.dump_hold = asyncio.Event()
         await eventually(lambda: te.num_dumps == 1)
-        await te.change(PAGES[:1])
-        await te.change(PAGES[1:2])
-        await bus.flush()
+        await te.change(chain[:1])
+        await te.change(chain[1:2])
+        await shared_bus.flush()
         te.dump_hold.set()
-        await answered(bus, PAGES, {"te-a": 2})
+        await answered(shared_bus, chain, {"te-c1": 2})
         assert te.num_dumps == 1
 
 
-async def test_the_dead_hold_nothing(bus: Bus, cache: str) -> None:
+async def test_the_dead_hold_nothing(shared_bus: Bus, cache: str) -> None:
     """A TE declared down is gone at once, a silent one after a while."""
-    async with Te(bus, "te-a") as a:
-        async with Te(bus, "te-b") as b:
-            await synced(bus, cache, "te-a", "te-b")
-            await a.change(PAGES[:2])
-            await b.change(PAGES[:2])
-            await answered(bus, PAGES, {"te-a": 2, "te-b": 2})
-        await answered(bus, PAGES, {"te-a": 2})
-    await bus.publish(bus.subjects.down("te", "te-a"), Down(kind="te", id="te-a", reason="x"))
-    await answered(bus, PAGES, {})
+    chain = pages("d", 8)
+    async with Te(shared_bus, "te-d1") as a:
+        async with Te(shared_bus, "te-d2") as b:
+            await synced(shared_bus, cache, "te-d1", "te-d2")
+            await a.change(chain[:2])
+            await b.change(chain[:2])
+            await answered(shared_bus, chain, {"te-d1": 2, "te-d2": 2})
+        await answered(shared_bus, chain, {"te-d1": 2})
+    await shared_bus.publish(
+        shared_bus.subjects.down("te", "te-d1"), Down(kind="te", id="te-d1", reason="x")
+    )
+    await answered(shared_bus, chain, {})
 
 
-async def test_a_restarted_cache_rebuilds_from_dumps(nats: NatsServer, bus: Bus) -> None:
+async def test_a_restarted_cache_rebuilds_from_dumps(
+    shared_nats: NatsServer, shared_bus: Bus
+) -> None:
     """A cache that starts when TEs have pages already answers rightly from its first answer on; SIGTERM ends it."""
-    async with Te(bus, "te-a") as te:
+    chain = pages("e", 8)
+    async with Te(shared_bus, "te-e1") as te:
         for _ in range(2):
-            async with process("cache", nats, **NO_ARENA) as (child, name):
-                await wait_ready(bus, "cache", name)
-                assert await match(bus, PAGES) == ({"te-a": te.seq} if te.seq else {})
-                await te.change([PAGES[te.seq]])
-                await te.change([PAGES[te.seq]])
-                await answered(bus, PAGES, {"te-a": te.seq})
+            async with process("cache", shared_nats, **NO_ARENA) as (child, name):
+                await wait_ready(shared_bus, "cache", name)
+                assert await match(shared_bus, chain) == ({"te-e1": te.seq} if te.seq else {})
+                await te.change([chain[te.seq]])
+                await te.change([chain[te.seq]])
+                await answered(shared_bus, chain, {"te-e1": te.seq})
                 if te.seq == 2:
                     child.kill()
                 else:
                     child.send_signal(signal.SIGTERM)
                     assert await asyncio.wait_for(child.wait(), 10) == 0
     with pytest.raises(Unavailable):
-        await match(bus, PAGES)
+        await match(shared_bus, chain)
 
 
-async def test_two_replicas_hold_the_same(nats: NatsServer, bus: Bus, cache: str) -> None:
+async def test_two_replicas_hold_the_same(
+    shared_nats: NatsServer, shared_bus: Bus, cache: str
+) -> None:
     """Every replica hears everything: whichever answers, the answer is the same."""
-    async with Te(bus, "te-a") as te, process("cache", nats, **NO_ARENA) as (_, second):
-        await wait_ready(bus, "cache", second)
-        await te.change(PAGES[:4])
+    chain = pages("f", 8)
+    async with (
+        Te(shared_bus, "te-f1") as te,
+        process("cache", shared_nats, **NO_ARENA) as (_, second),
+    ):
+        await wait_ready(shared_bus, "cache", second)
+        await te.change(chain[:4])
         for name in (cache, second):
-            await synced(bus, name, "te-a")
-        await answered(bus, PAGES, {"te-a": 4})
+            await synced(shared_bus, name, "te-f1")
+        await answered(shared_bus, chain, {"te-f1": 4})
         for name in (cache, second):
-            assert (await status(bus, "cache", name))["tes"] == {"te-a": 4}
+            assert (await status(shared_bus, "cache", name))["tes"] == {"te-f1": 4}
 
 
-async def test_the_bus_restarts(nats: NatsServer, bus: Bus, cache: str) -> None:
+async def test_the_bus_restarts(shared_nats: NatsServer, shared_bus: Bus, cache: str) -> None:
     """Events lost in a bus outage are made good by dumps, although no later event shows the gap."""
-    async with Te(bus, "te-a") as te:
-        await synced(bus, cache, "te-a")
-        await te.change(PAGES[:2])
-        await answered(bus, PAGES, {"te-a": 2})
-        await te.change(PAGES[2:3], lost=True)
-        await asyncio.to_thread(nats.restart)
-        await eventually(lambda: bus.connected)
+    chain = pages("g", 8)
+    async with Te(shared_bus, "te-g1") as te:
+        await synced(shared_bus, cache, "te-g1")
+        await te.change(chain[:2])
+        await answered(shared_bus, chain, {"te-g1": 2})
+        await te.change(chain[2:3], lost=True)
+        await asyncio.to_thread(shared_nats.restart)
+        await eventually(lambda: shared_bus.connected)
 
         async def mended() -> bool:
             try:
-                return await match(bus, PAGES) == {"te-a": 3}
+                return await match(shared_bus, chain) == {"te-g1": 3}
             except Unavailable:
                 return False  # the cache itself is not back yet
 

@@ -32,9 +32,13 @@ def free_port() -> int:
 class Stack:
     """One running instance. Its environment is the test's own, with a home of its own."""
 
-    def __init__(self, home: Path, cache: Path, *, models: list[str], workers: int = 1) -> None:
+    def __init__(
+        self, home: Path, cache: Path, *, models: list[str], workers: int = 1, pd: str = ""
+    ) -> None:
         self.home = home
         self.models = models
+        # Of each model: prefill and decode TEs as `pd` says (1p1d), beside `workers` colocated ones.
+        self.num_tes = sum(map(int, re.findall(r"\d+", pd))) if pd else workers
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("DEEPFLOW_")},
             "DEEPFLOW_HOME": str(home),
@@ -43,7 +47,8 @@ class Stack:
         }
         self._arguments = [
             *(word for model in models for word in ("--model", model)),
-            *("--workers", str(workers), "--port", str(free_port())),
+            *(("--pd", pd) if pd else ("--workers", str(workers))),
+            *("--port", str(free_port())),
         ]
         self._log = home.parent / f"{home.name}.out"
         self.process: subprocess.Popen[bytes] | None = None
@@ -121,9 +126,7 @@ class Stack:
 
     def wait_tes(self, num: int | None = None) -> list[dict[str, Any]]:
         """Wait until `num` TEs (all that were asked for) are ready."""
-        wanted = num or int(self._arguments[self._arguments.index("--workers") + 1]) * len(
-            self.models
-        )
+        wanted = num or self.num_tes * len(self.models)
         give_up = time.monotonic() + 60
         while len(tes := self.tes()) < wanted:
             assert time.monotonic() < give_up, (tes, self.logs())
@@ -161,12 +164,14 @@ class Stack:
         give_up = time.monotonic() + within_s
         while True:
             ledgers = self.ledgers()
-            if ledgers and all(ledger["live"] == 0 for ledger in ledgers.values()):
+            held = ("live", "leased", "moving")
+            if ledgers and not any(te[state] for te in ledgers.values() for state in held):
                 break
-            assert time.monotonic() < give_up, f"KV blocks still live: {ledgers}"
+            assert time.monotonic() < give_up, f"KV blocks still held: {ledgers}"
             time.sleep(0.05)
         for ledger in ledgers.values():
-            assert ledger["total"] == ledger["live"] + ledger["cached"] + ledger["free"], ledger
+            states = ("live", "cached", "leased", "moving", "free")
+            assert ledger["total"] == sum(ledger[state] for state in states), ledger
             assert not ledger["owners"], ledger
         return ledgers
 

@@ -8,6 +8,7 @@ token changes.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.worker.flowserve.config import ModelConfig
-from services.worker.flowserve.decoder import Decoder, Floats, StepInput
+from services.worker.flowserve.decoder import Decoder, Floats, StepInput, View
 from tests.worker.tiny import make_tiny
 
 CYCLE = 11  # likely continuations run in circles of at most this many tokens
@@ -54,7 +55,25 @@ class ArithmeticDecoder:
         return 8 * page * self.num_layers
 
     def allocate(self, num_blocks: int, page: int) -> None:
-        self._cells = np.zeros((self.num_layers, num_blocks, page), np.uint64)
+        self._cells = np.zeros((num_blocks, self.num_layers, page), np.uint64)
+
+    @property
+    def block_bytes(self) -> int:
+        return self._cells.nbytes // len(self._cells)
+
+    @property
+    def memory(self) -> View | None:
+        return self._cells.reshape(-1).view(np.uint8)
+
+    def block_view(self, block: int) -> View | None:
+        view: View = self._cells[block].reshape(-1).view(np.uint8)
+        return view
+
+    def read_blocks(self, blocks: Sequence[int]) -> View:
+        return self._cells[list(blocks)].reshape(len(blocks), -1).view(np.uint8)
+
+    def write_blocks(self, blocks: Sequence[int], data: View) -> None:
+        self._cells[list(blocks)] = data.view(np.uint64).reshape(len(blocks), self.num_layers, -1)
 
     def forward(self, step: StepInput) -> Floats:
         self._count(step)
@@ -73,9 +92,9 @@ class ArithmeticDecoder:
 
     def _layer(self, layer: int, step: StepInput, rows: list[bytes]) -> list[bytes]:
         """All cells of a span are read through its table, row by row, as attention would."""
-        cells = self._cells[layer]
+        cells = self._cells[:, layer]
         page = cells.shape[1]
-        results = []
+        results: list[bytes] = []
         for span in step.spans:
             assert span.length > 0
             before = cells[list(span.table)].reshape(-1)[: span.start]

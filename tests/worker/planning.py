@@ -7,7 +7,7 @@ from collections import deque
 from hashlib import blake2b
 from itertools import count
 
-from services.worker.flowserve.blocks import BlockPool
+from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.scheduler import Scheduler, StepPlan
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
 from shared import blockhash
@@ -50,7 +50,7 @@ class Bench:
         self.depth = num_stages if num_stages > 1 else depth
         self.on_their_way: deque[tuple[StepPlan, list[list[int]]]] = deque()  # with the tables
         self.eos_ids = frozenset() if eos is None else frozenset([eos])
-        self.pool = BlockPool(num_blocks)
+        self.pool = RtcMaster(num_blocks)
         self.scheduler = Scheduler(
             self.pool,
             page=PAGE,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.flowserve.blocks import BlockPool
+from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.scheduler import Scheduler
 from services.worker.flowserve.sequence import SequenceGroup, Status
 from shared import blockhash
@@ -175,7 +175,7 @@ def test_a_resubmitted_request_goes_on_where_it_was() -> None:
 def test_limits_that_could_starve_are_refused() -> None:
     """A budget smaller than the batch would leave decoding sequences behind."""
     with pytest.raises(ValueError, match="max_batched_tokens"):
-        Scheduler(BlockPool(4), page=PAGE, max_num_seqs=8, max_batched_tokens=7)
+        Scheduler(RtcMaster(4), page=PAGE, max_num_seqs=8, max_batched_tokens=7)
 
 
 arrivals = st.lists(

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from services.worker.flowserve.config import ModelConfig
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+View: TypeAlias = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,29 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Splice:
+    """The keys and values of `length` positions, copied: from `source_start` on of one block table to `start` on of
+    another, the keys turned to their new positions."""
+
+    source: Sequence[int]
+    source_start: int
+    table: Sequence[int]
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """One step: the rows of all its sequences, one after the other in the order of `spans`.
 
-    `tokens[i]` is the token of row i; `sample_rows` are the rows whose logits are wanted, ascending.
+    `tokens[i]` is the token of row i; `sample_rows` are the rows whose logits are wanted, ascending. A sequence may
+    have several spans, in order. `splices` are done before all rows, by a decoder that `can_splice`.
     """
 
     tokens: list[int]
     spans: list[Span]
     sample_rows: list[int]
+    splices: Sequence[Splice] = ()
 
 
 class Decoder(Protocol):
@@ -70,6 +85,43 @@ class Decoder(Protocol):
 
 
 @runtime_checkable
+class Splicer(Decoder, Protocol):
+    """A decoder that may be able to move keys and values to other positions (`StepInput.splices`)."""
+
+    @property
+    def splices(self) -> bool: ...
+
+
+@runtime_checkable
+class Movable(Decoder, Protocol):
+    """A decoder whose blocks can be copied out and in, as bytes in a layout of its own; after `allocate`.
+
+    Equal bytes mean equal keys and values wherever model, recipe and page are equal.
+    """
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def memory(self) -> View | None:
+        """All blocks, one behind the other; None where the host cannot address them."""
+        ...
+
+    def block_view(self, block: int) -> View | None:
+        """The memory of one block, contiguous [block_bytes]; None where the host cannot address it. It may be read and
+        written in any thread."""
+        ...
+
+    def read_blocks(self, blocks: Sequence[int]) -> View:
+        """A copy of these blocks [len(blocks), block_bytes]; in the decoder's thread."""
+        ...
+
+    def write_blocks(self, blocks: Sequence[int], data: View) -> None:
+        """The other way; in the decoder's thread."""
+        ...
+
+
+@runtime_checkable
 class Pipeline(Decoder, Protocol):
     """A decoder whose layers are shared out to stages, each of which computes the steps in the order they came in.
 
@@ -90,6 +142,11 @@ class Pipeline(Decoder, Protocol):
         If it raises, the step is out; only after an interrupt (a KeyboardInterrupt) is it still inside.
         """
         ...
+
+
+def can_splice(decoder: Decoder) -> bool:
+    """Whether steps may have splices. With others, everything is computed."""
+    return isinstance(decoder, Splicer) and decoder.splices
 
 
 def as_pipeline(decoder: Decoder) -> Pipeline | None:

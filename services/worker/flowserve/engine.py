@@ -1,8 +1,11 @@
 """The FlowServe engine: requests in, one step at a time, token deltas out.
 
-It joins scheduler, decoder and sampler: plans steps, launches them, and applies what comes back, one step ahead of the
-device where it may. It must not know the bus, or text, and its clock is handed in. All calls belong to one thread,
+It joins scheduler, RTC, decoder and sampler: plans steps, launches them, and applies what comes back, one step ahead of
+the device where it may. It must not know the bus, or text, and its clock is handed in. All calls belong to one thread,
 except `load`.
+
+How KV comes and goes is in `traffic.py`. A new request whose pages are not here is reported as a `Want` first, if
+`EngineSettings.fetch`.
 
 What is to come finds its place without another shape: the mask of a grammar is one more line of `sampler.adjust` (its
 state follows from the tokens; a choice with a grammar is planned only once its tokens are known, as one with guesses
@@ -11,24 +14,36 @@ is), and pooled embeddings are one more kind of output row beside `StepInput.sam
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.worker.flowserve.blocks import BlockPool
-from services.worker.flowserve.decoder import Decoder, Span, StepInput, as_pipeline
+from services.worker.flowserve import pic
+from services.worker.flowserve.decoder import (
+    Decoder,
+    Span,
+    Splice,
+    StepInput,
+    as_pipeline,
+    can_splice,
+)
 from services.worker.flowserve.life import Requests
 from services.worker.flowserve.outcome import ClientDelta, EngineLoad, StepOutput
 from services.worker.flowserve.pace import Pace
+from services.worker.flowserve.rtc.chunks import ChunkTable
+from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.sampler import Row
 from services.worker.flowserve.scheduler import Scheduler, StepPlan
-from services.worker.flowserve.sequence import Sequence, Status
+from services.worker.flowserve.sequence import HANDED, Sequence, Status
+from services.worker.flowserve.splicing import Splicing
 from services.worker.flowserve.spmd.crew import Loss
 from services.worker.flowserve.stream import Launch, open_stream
+from services.worker.flowserve.traffic import Traffic
 from shared import catalog, errors
-from shared.messages import Cancel, Delta, Failure, Replay, Request
+from shared.messages import Cancel, Delta, Failure, Handover, Replay, Request
 
 COUNTERS = (
     "steps",
@@ -43,6 +58,9 @@ COUNTERS = (
     "requests_length",
     "requests_cancelled",
     "requests_failed",
+    "requests_handed",
+    "leases_broken",
+    "tokens_taken_over",
 )
 
 
@@ -52,7 +70,9 @@ class EngineSettings:
 
     `asynchronous`: plan a step while the one before it runs. `speculation`: guesses a step may check for one choice,
     0 for none; they are made in steps of up to `speculation_rows` rows. A pipeline is asynchronous in any case, and
-    does not guess; `spread_chunks` is about pipelines only, see `Scheduler`.
+    does not guess; `spread_chunks` is about pipelines only, see `Scheduler`. `fetch`: ask for pages that are not here
+    before they are computed, where the decoder's blocks can be moved. `num_recomputed`: tokens at the start of a chunk
+    that are computed in their place, where the decoder can take over the others (`pic.py`).
     How many may wait is not bounded here: who submits keeps the books (`admission.py`), and knows before it asks.
     """
 
@@ -64,14 +84,16 @@ class EngineSettings:
     speculation: int = 0
     speculation_rows: int = 16
     spread_chunks: bool = True
+    fetch: bool = False
+    num_recomputed: int = pic.RECOMPUTED
     keep_finished_s: float = 10.0
 
 
-class Engine:
+class Engine(Traffic):
     """Continuous batching over one decoder and its paged cache.
 
     `context` is the longest a sequence gets here: the model's context, or the whole pool where that is smaller.
-    `counters` only grow.
+    `counters` only grow. `wake` is called, in another thread, when bytes have moved and `has_work` may be true again.
     """
 
     def __init__(
@@ -81,19 +103,18 @@ class Engine:
         *,
         eos_ids: Iterable[int],
         clock: Callable[[], float] = time.monotonic,
+        wake: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
-        self.decoder = decoder
         self.context = min(decoder.config.context, settings.num_blocks * settings.page)
         self.vocab = decoder.config.vocab
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._eos_ids = frozenset(eos_ids)
-        self._clock = clock
-        self._pool = BlockPool(settings.num_blocks)
+        rtc = RtcMaster(settings.num_blocks)
         pipeline = as_pipeline(decoder)
         self._num_stages = 1 if pipeline is None else pipeline.num_stages
         self._scheduler = Scheduler(
-            self._pool,
+            rtc,
             page=settings.page,
             max_num_seqs=settings.max_num_seqs,
             max_batched_tokens=settings.max_batched_tokens,
@@ -115,8 +136,19 @@ class Engine:
         # Predicted, of the step under way; kept past its end, for until that is noticed the step counts as under way.
         self._step_s = 0.0
         decoder.allocate(settings.num_blocks, settings.page)
+        table = ChunkTable(rtc, page=settings.page, num_recomputed=settings.num_recomputed)
+        self._splicing = Splicing(self._scheduler, table if can_splice(decoder) else None)
         self._stream = open_stream(decoder, asynchronous=settings.asynchronous)
         self._launches: deque[Launch] = deque()  # on their way, oldest first
+        super().__init__(
+            decoder,
+            rtc,
+            self._scheduler,
+            self._launches,
+            page=settings.page,
+            clock=clock,
+            wake=wake,
+        )
 
     @classmethod
     def from_folder(
@@ -136,7 +168,9 @@ class Engine:
         kernels: str | None = None,
         asynchronous: bool = False,
         speculation: int = 0,
+        fetch: bool = False,
         on_loss: Callable[[Loss], None] | None = None,
+        wake: Callable[[], None] | None = None,
     ) -> Engine:
         """An engine over the model in a folder, with room for `kv_tokens` tokens or, without, in `kv_bytes` bytes of
         each executor. `on_loss` is called from a thread of its own when one of several executors is lost.
@@ -160,25 +194,44 @@ class Engine:
             max_batched_tokens=max_batched_tokens,
             asynchronous=asynchronous,
             speculation=speculation,
+            fetch=fetch,
         )
-        return cls(decoder, settings, eos_ids=catalog.read_eos_ids(folder))
+        return cls(decoder, settings, eos_ids=catalog.read_eos_ids(folder), wake=wake)
 
     def close(self) -> None:
-        """Let the steps on their way run to their end. Nothing may be called afterwards."""
+        """Let the steps and bytes on their way come to their end. Nothing may be called afterwards."""
         while self._launches:
             self._stream.collect(self._launches.popleft())
+        self._close()
         self._stream.close()
 
     # --------------------------------------------------------------------------------------------------- requests
 
-    def submit(self, request: Request) -> None:
+    def submit(
+        self, request: Request, *, prefill_only: bool = False, handover: Handover | None = None
+    ) -> None:
         """Take responsibility for a request: each of its live choices will end in exactly one terminal delta.
 
         Idempotent by (request, attempt); a newer attempt replaces an older one, which ends as cancelled. Tokens in
         `request.output` are known: computed again like a prompt, not sent again.
+
+        `prefill_only`: after its next token, unless that ends it, it is over here: its last delta `moves`, its pages
+        are leased, and `StepOutput.prefilled` says what the next TE has to know. `handover`: this is that TE; the
+        tokens in there, the last ones of `request.output`, can be replayed from here. The engine that handed a request
+        over may go on with it itself. Both are for one choice.
         Raises InvalidRequest if the request can never run here or comes too late.
         """
-        self._requests.submit(request, self._clock())
+        group = self._requests.submit(
+            request, self._clock(), prefill_only=prefill_only, handover=handover
+        )
+        if group is None:
+            return
+        self._is_stuck = False
+        self._bequests.expect(group)
+        groups = self._splicing.begin(group)
+        if self.settings.fetch and self._fetches is not None:
+            for one in groups:
+                self._fetches.begin(one, page_s=self._pace.prefill_s(self.settings.page))
 
     def validate(self, request: Request) -> None:
         """Raises InvalidRequest, naming the field, for what would harm the batch or never end."""
@@ -189,10 +242,14 @@ class Engine:
 
         Idempotent. What is past `keep` output tokens leaves the prefix index, also of a choice that has just ended.
         """
+        self._is_stuck = False
+        if cancel.choice is None:
+            self._bequests.withdraw(cancel.request, cancel.attempt)
         return self._requests.cancel(cancel, self._clock())
 
     def cancel_client(self, client: str) -> None:
         """Drop all requests of a client that fell silent; nobody is left to hear of it."""
+        self._is_stuck = False
         self._requests.cancel_client(client, self._clock())
 
     def refuse(self, request: Request, failure: Failure) -> list[ClientDelta]:
@@ -206,19 +263,28 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------- step
 
     def has_work(self) -> bool:
-        """Whether `step` has something to compute or to report."""
+        """Whether `step` has something to compute or to report.
+
+        Not while all requests wait for pages: then something is handed in before long, or `wake` is called.
+        """
         requests = self._requests
-        return bool(requests.live or requests.deltas or requests.ended or self._launches)
+        if requests.deltas or requests.ended or self._launches or self._has_moved:
+            return True
+        return bool(requests.live or self._splicing.groups) and not self._is_stuck
 
     def step(self) -> StepOutput:
         """Launch what can be planned, then wait for the oldest step on its way and apply it.
 
         Never raises for a fault in it: that ends the step's sequences and is reported.
         """
-        self._requests.pass_time(self._clock())
-        while len(self._launches) < self._stream.depth and self._launch():
-            pass
-        if not self._launches:
+        now = self._clock()
+        self._requests.pass_time(now)
+        self._rtc.expire(now)
+        if self._take_moved():
+            while len(self._launches) < self._stream.depth and self._launch():
+                pass
+        self._is_stuck = not self._launches
+        if self._is_stuck:
             return self._report(0, None)
         launch = self._launches[0]
         self._predict()
@@ -262,7 +328,8 @@ class Engine:
         sample_rows: list[int] = []
         unknown: list[tuple[int, int]] = []
         rows: list[Row] = []
-        for sequence, start, length, samples, draft in plan.chunks:
+        splices: list[Splice] = []
+        for sequence, start, length, samples, draft, taken in plan.chunks:
             known = sequence.tokens
             if start == len(known):  # its one row takes the token that the step before is to sample
                 unknown.append((len(tokens), sequence.slot))
@@ -271,13 +338,14 @@ class Engine:
                 tokens += known[start : start + length]
                 tokens += draft
             spans.append(Span(start, length, sequence.table.copy()))
+            splices += (one.splice(spans[-1].table) for one in taken)
             if samples:
                 sequence.slot = len(rows)
                 rows.append(sequence.row or self._make_row(sequence))
                 sample_rows += range(len(tokens) - 1 - len(draft), len(tokens))
         return Launch(
             plan=plan,
-            input=StepInput(tokens, spans, sample_rows),
+            input=StepInput(tokens, spans, sample_rows, splices),
             rows=rows,
             drafts=[chunk.draft for chunk in plan.chunks if chunk.samples]
             if plan.has_drafts
@@ -310,15 +378,19 @@ class Engine:
         plan, results, now = launch.plan, launch.results, self._clock()
         counts = self._scheduler.update(plan, ([s.token for s in run] for run in results))
         for sequence, count, run in zip(plan.sampled, counts, results, strict=True):
-            if not count:
+            if not count or self._splicing.ended(sequence):
                 continue
+            self.counters["generation_tokens"] += count
             if run[0].logprobs is not None:
                 sequence.logprobs += [s.logprobs for s in run[:count] if s.logprobs is not None]
             self._requests.extend(sequence, count)
             if sequence.finish is not None:
-                self._pace.observe_output(sequence.num_output)
+                if sequence.finish == HANDED:
+                    self._bequests.hand(sequence, now)
+                else:
+                    self._pace.observe_output(sequence.num_output)
                 self._requests.settle(sequence.group, now)
-        self.counters["generation_tokens"] += sum(counts)
+        self._bequests.keep(now)
         self._pace.observe(
             launch.duration_s,
             num_decodes=plan.num_decodes,
@@ -330,7 +402,8 @@ class Engine:
         and is planned again. In a pipeline the others inside have nothing of it but further chunks of its prompts."""
         failure = Failure(code=errors.Internal.code, message="the engine failed in this step")
         for chunk in launch.plan.chunks:
-            if chunk.sequence.status is not Status.ENDED:
+            sequence = chunk.sequence
+            if sequence.status is not Status.ENDED and not self._splicing.fail(sequence):
                 self._requests.fail(chunk.sequence, failure, self._clock())
         while self._launches and self._stream.fills_in:
             self._stream.collect(self._launches[0])
@@ -357,21 +430,18 @@ class Engine:
 
     def _report(self, num_computed: int, error: Exception | None) -> StepOutput:
         requests, scheduler = self._requests, self._scheduler
-        stored, removed = self._pool.drain_events()
         output = StepOutput(
-            deltas=requests.deltas,
-            ended=requests.ended,
-            stored=stored,
-            removed=removed,
-            num_computed=num_computed,
-            error=error,
+            deltas=requests.deltas, ended=requests.ended, num_computed=num_computed, error=error
         )
         requests.deltas, requests.ended = [], []
+        self._report_pages(output)
         self.counters["preemptions"] = scheduler.num_preemptions
         self.counters["prefix_queries"] = scheduler.num_queried_tokens
         self.counters["prefix_hits"] = scheduler.num_hit_tokens
         self.counters["spec_proposed"] = scheduler.num_guessed_tokens
         self.counters["spec_accepted"] = scheduler.num_right_tokens
+        self.counters["tokens_taken_over"] = scheduler.num_taken_tokens
+        self.counters["leases_broken"] = self._rtc.num_broken
         return output
 
     # ------------------------------------------------------------------------------------------------ introspection
@@ -379,37 +449,45 @@ class Engine:
     def load(self) -> EngineLoad:
         """How busy the engine is. May be called from another thread: it reads copies and single values."""
         scheduler = self._scheduler
-        running, waiting = scheduler.running.copy(), scheduler.waiting.copy()
+        running, waiting = scheduler.running.copy(), scheduler.waiting + scheduler.fetching
         held = [sequence for group in list(scheduler.held.values()) for sequence in group]
         num_seqs = len(running) + len(waiting) + len(held)
         batch = -(-min(num_seqs, self.settings.max_num_seqs) // self._num_stages)  # decode together
         # Held choices will find their prompt in the cache: only their decoding counts.
         num_known = sum(sequence.num_remaining for sequence in running + waiting)
-        num_to_come = sum(
-            self._pace.output_left(s.num_output, s.max_known - s.num_prompt)
+        to_come = [
+            self._pace.output_left(s.num_output, s.last_known - s.num_prompt)
             for s in running + waiting + held
+        ]
+        page = self.settings.page
+        num_needed = sum(
+            max(math.ceil((s.num_known + more) / page) - len(s.table), 0)
+            for s, more in zip(running + waiting, to_come, strict=False)
         )
-        blocks = self._pool.ledger()
+        blocks = self._rtc.ledger()
         return EngineLoad(
             running=len(running),
             waiting=len(waiting) + len(held),
             free_slots=max(self.settings.max_num_seqs - num_seqs, 0),
-            outstanding_s=self._pace.outstanding_s(num_known, num_to_come, batch),
+            outstanding_s=self._pace.outstanding_s(num_known, sum(to_come), batch),
             blocks_total=blocks["total"],
-            blocks_used=blocks["live"],
+            blocks_used=blocks["live"] + blocks["moving"],
             blocks_cached=blocks["cached"],
+            blocks_leased=blocks["leased"],
+            blocks_reserved=num_needed,
             step_ms=round(self._step_s * 1000) if num_seqs else 0,
         )
 
     def ledger(self) -> dict[str, int | dict[str, int]]:
         """Blocks by state, and live block references by owner "request#attempt/choice"."""
-        owners = {s.name: len(s.table) for s in self._scheduler.running}
-        return {**self._pool.ledger(), "owners": owners}
+        owners = {s.name: sum(map(len, s.tables())) for s in self._scheduler.running}
+        return {**self._rtc.ledger(), "owners": owners}
 
     def check(self) -> None:
         """Prove that the ledger balances. Raises AssertionError otherwise; costs O(pool)."""
-        self._pool.check(s.table for g in self._requests.live.values() for s in g.live())
+        groups = [*self._requests.live.values(), *self._splicing.groups.values()]
+        self._rtc.check(table for g in groups for s in g.live() for table in s.tables())
 
     def index_snapshot(self) -> list[bytes]:
         """The hashes of all indexed pages."""
-        return self._pool.index_snapshot()
+        return self._rtc.index_snapshot()

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
-from services.worker.flowserve import sampler
+from services.worker.flowserve import pic, sampler
 from services.worker.flowserve.outcome import ClientDelta, Ended, delta_of
 from services.worker.flowserve.scheduler import Scheduler
-from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
+from services.worker.flowserve.sequence import HANDED, Sequence, SequenceGroup, Status
 from shared import errors
-from shared.messages import Cancel, Delta, Failure, Replay, Request, Sampling
+from shared.messages import Cancel, Delta, Failure, Handover, Replay, Request, Sampling
 
 MAX_CHOICES = 128  # of one request
 _NO_DEADLINE_MS = 365 * 86_400_000
 
 
 def local_request(
-    name: str, prompt: list[int], sampling: Sampling, *, root: bytes = bytes(32)
+    name: str,
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    root: bytes = bytes(32),
+    chunks: list[list[int]] | None = None,
 ) -> Request:
     """A request made where the engine is: no client, no tenant, no deadline. `root` begins its pages' hashes."""
     return Request(
@@ -35,6 +40,7 @@ def local_request(
         sampling=sampling,
         deadline_ms=_NO_DEADLINE_MS,
         park_ms=0,
+        chunks=chunks or [],
     )
 
 
@@ -70,17 +76,34 @@ class Requests:
 
     # ------------------------------------------------------------------------------------------------- what comes in
 
-    def submit(self, request: Request, now: float) -> None:
-        """As `Engine.submit`."""
+    def submit(
+        self,
+        request: Request,
+        now: float,
+        *,
+        prefill_only: bool = False,
+        handover: Handover | None = None,
+    ) -> SequenceGroup | None:
+        """As `Engine.submit`; None if it is here already."""
         self._forget(now)
         known = self._find(request.request)
         if known is not None and known.request.attempt == request.attempt:
-            return
+            # Who handed it over may be the one who goes on with it.
+            if handover is None or known.sequences[0].finish != HANDED:
+                return None
+            known = None
         if known is not None and known.request.attempt > request.attempt:
             raise errors.InvalidRequest("a later attempt of this request is here already")
         if self._cancelled.get(request.request, (0.0, -1))[1] >= request.attempt:
             raise errors.InvalidRequest("this request was cancelled before it came")
         self.validate(request)
+        if (prefill_only or handover) and request.sampling.n != 1:
+            raise errors.InvalidRequest(
+                "a request of several choices is not handed over", param="n"
+            )
+        given = request.output[0] if request.output else []
+        if handover and (not handover.ids or given[-len(handover.ids) :] != handover.ids):
+            raise errors.InvalidRequest("handed over with other tokens", param="output")
         if known is not None:
             self.deltas += self._end_all(known, "cancelled")
             self.settle(known, now)
@@ -92,6 +115,8 @@ class Requests:
             page=self.page,
             context=self.context,
             eos_ids=self.eos_ids,
+            hands_over=prefill_only,
+            handover=handover,
         )
         self._finished.pop(request.request, None)
         self.live[request.request] = group
@@ -101,11 +126,17 @@ class Requests:
             if sequence.finish is not None:
                 self.deltas.append(self._end(sequence, sequence.finish))
         self.settle(group, now)
+        return group
 
     def cancel(self, cancel: Cancel, now: float) -> list[ClientDelta]:
         """As `Engine.cancel`."""
         group = self._find(cancel.request)
-        if cancel.choice is None and (group is None or group.request.attempt < cancel.attempt):
+        is_to_come = (  # maybe from here, to be gone on with
+            group is None
+            or group.request.attempt < cancel.attempt
+            or group.sequences[0].finish == HANDED
+        )
+        if cancel.choice is None and is_to_come:
             attempt = max(cancel.attempt, self._cancelled.get(cancel.request, (0.0, -1))[1])
             self._cancelled[cancel.request] = (now + self._keep_finished_s, attempt)
             self._cancelled.move_to_end(cancel.request)
@@ -184,6 +215,7 @@ class Requests:
         if sampling.max_tokens < 1:
             raise errors.InvalidRequest("at least one token", param="max_tokens")
         sampler.validate(sampling, vocab)
+        pic.validate(request.chunks, num_prompt)
         if len(request.hashes) > num_prompt // self.page:
             raise errors.InvalidRequest("more hashes than full pages in the prompt", param="hashes")
 
@@ -225,7 +257,9 @@ class Requests:
         del self.live[request.request]
         self._finished[request.request] = (now + self._keep_finished_s, group)
         finishes = {sequence.finish for sequence in group.sequences}
-        finish = next((f for f in ("failed", "cancelled", "length") if f in finishes), "stop")
+        finish = next(
+            (f for f in ("failed", "cancelled", "length", HANDED) if f in finishes), "stop"
+        )
         num_output = sum(sequence.num_output for sequence in group.sequences)
         self._report_end(request, finish, group.num_cached or 0, num_output)
 

@@ -7,6 +7,7 @@ Weights are the prepared file, mapped; the cache is one array of bfloat16 blocks
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from services.worker.flowserve import pic
 from services.worker.flowserve.config import ModelConfig, ModelError
-from services.worker.flowserve.decoder import Floats, StepInput
+from services.worker.flowserve.decoder import Floats, Splice, StepInput, View
 from services.worker.flowserve.layout import padded
 from services.worker.flowserve.prepared import Prepared
 from services.worker.flowserve.quantise import GROUP
@@ -79,6 +81,18 @@ class _Cache(Structure):
     ]
 
 
+class _Splice(Structure):
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("source", c_void_p),
+        ("table", c_void_p),
+        ("source_start", c_int64),
+        ("start", c_int64),
+        ("length", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    ]
+
+
 class _Step(Structure):
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         ("num_rows", c_int64),
@@ -128,6 +142,8 @@ def _library() -> ctypes.CDLL:
     library.fs_destroy.restype = None
     library.fs_run.argtypes = [c_void_p, POINTER(_Model), POINTER(_Cache), POINTER(_Step)]
     library.fs_run.restype = c_int
+    library.fs_move.argtypes = [POINTER(_Model), POINTER(_Cache), POINTER(_Splice)]
+    library.fs_move.restype = None
     library.fs_quantise.argtypes = [c_int64, c_void_p, c_int64, c_void_p, c_void_p]
     library.fs_quantise.restype = None
     library.fs_multiply.argtypes = [c_int64, c_void_p, c_int64, POINTER(_Linear), c_void_p]
@@ -157,6 +173,7 @@ class NativeDecoder:
         self.description = f"native {ISAS[number]}, w8a8, {threads} threads"
         self._model = _model(config, prepared)
         self._cache: _Cache | None = None
+        self._blocks: npt.NDArray[np.uint16] = np.empty(0, np.uint16)
         self._rotary = RotaryTable(config)
         self._seconds = np.zeros(len(_PARTS))
         self._logits = np.empty((0, config.vocab), np.float32)
@@ -167,6 +184,11 @@ class NativeDecoder:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             _library().fs_destroy(self._handle)
+
+    @property
+    def splices(self) -> bool:
+        """See `Splicer`."""
+        return True
 
     @property
     def timings(self) -> dict[str, float]:
@@ -184,10 +206,35 @@ class NativeDecoder:
         if page % LANES:
             raise ValueError(f"a page of {page} positions is no multiple of {LANES}")
         size = num_blocks * self.bytes_per_block(page) // 2
-        memory = np.zeros(size + 32, np.uint16)
-        start = -memory.ctypes.data % 64 // 2  # blocks begin with a cache line
+        memory = np.zeros(size + 2048, np.uint16)
+        # On a page of memory, as the arena's slots are: a few bytes beyond one, copies would take twice as long.
+        start = -memory.ctypes.data % 4096 // 2
         self._blocks = memory[start : start + size]
         self._cache = _Cache(self._blocks.ctypes.data, num_blocks, page)
+
+    @property
+    def block_bytes(self) -> int:
+        """See `Movable`."""
+        return 0 if self._cache is None else self.bytes_per_block(self._cache.page)
+
+    @property
+    def memory(self) -> View:
+        """See `Movable`."""
+        return self._blocks.view(np.uint8)
+
+    def block_view(self, block: int) -> View:
+        """See `Movable`: [layer][keys, values][kv head] ..., as `native/abi.h` says."""
+        size = self.block_bytes
+        return self.memory[block * size : (block + 1) * size]
+
+    def read_blocks(self, blocks: Sequence[int]) -> View:
+        """See `Movable`."""
+        data: View = self.memory.reshape(-1, self.block_bytes)[list(blocks)]
+        return data
+
+    def write_blocks(self, blocks: Sequence[int], data: View) -> None:
+        """See `Movable`."""
+        self.memory.reshape(-1, self.block_bytes)[list(blocks)] = data
 
     def forward(self, step: StepInput) -> Floats:
         assert self._cache is not None, "allocate first"
@@ -206,6 +253,8 @@ class NativeDecoder:
             assert len(span.table) >= num_pages, "a row without a block"
             tables += span.table[:num_pages]
         cos, sin = self._rotary.upto(end - 1)
+        for splice in step.splices:
+            self._move(splice)
         # Held here until the call returns; the library keeps nothing.
         held = (
             np.array(step.tokens, np.int32),
@@ -221,6 +270,19 @@ class NativeDecoder:
         if failed:
             raise Internal("no memory for this step" if failed == 1 else "the kernels failed")
         return self._logits[:num_samples]
+
+    def _move(self, splice: Splice) -> None:
+        """Do a splice."""
+        assert self._cache is not None, "allocate first"
+        places = (splice.source_start, splice.start, splice.length)
+        tables = [np.array(table, np.int32) for table in (splice.source, splice.table)]
+        turn: list[Floats] = []  # of keys; none, where they stay
+        if splice.source_start != splice.start:
+            cos, sin = self._rotary.upto(max(splice.source_start, splice.start) + splice.length)
+            turn += map(np.ascontiguousarray, pic.turn_between(cos, sin, *places))
+        source, table = (array.ctypes.data for array in tables)
+        arguments = _Splice(source, table, *places, *(array.ctypes.data for array in turn))
+        _library().fs_move(byref(self._model), byref(self._cache), byref(arguments))
 
 
 def bytes_per_block(config: ModelConfig, page: int) -> int:

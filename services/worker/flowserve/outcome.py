@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from services.worker.flowserve.sequence import Sequence
-from shared.messages import Delta
+from services.worker.flowserve.sequence import HANDED, Sequence
+from shared.messages import Delta, Handover, Keep, TokenLogprobs
 
 
 class ClientDelta(NamedTuple):
@@ -29,21 +29,66 @@ class Ended:
     output_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """A request waits for these consecutive full pages, behind the page `parent` (or the root), which the device lacks.
+
+    `page_s`: predicted seconds to compute one of them. `handover`: what is known of the TE that computed them.
+    Answered by any number of `Engine.populate` and one `Engine.ready`.
+    """
+
+    request: str
+    attempt: int
+    hashes: list[bytes]
+    parent: bytes
+    page_s: float
+    handover: Handover | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handed:
+    """A request computed up to its first token here goes on elsewhere: what a `Handover` says, but for the TE."""
+
+    request: str
+    attempt: int
+    lease: str
+    num_pages: int
+    ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    cached: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptPages:
+    """The pages of a named cache are computed."""
+
+    keep: Keep
+    hashes: list[bytes]
+
+
 @dataclass(slots=True, kw_only=True)
 class StepOutput:
-    """What one step brought. `error` is a fault of ours that ended the step's requests: to be logged."""
+    """What one step brought. `error` is a fault of ours that ended the step's requests, or kept pages from being moved:
+    to be logged."""
 
     deltas: list[ClientDelta] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     stored: list[bytes] = field(default_factory=list)
     removed: list[bytes] = field(default_factory=list)
+    wants: list[Want] = field(default_factory=list)
+    prefilled: list[Handed] = field(default_factory=list)
+    kept: list[KeptPages] = field(default_factory=list)
     num_computed: int = 0
     error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """For beats and placement. `outstanding_s` is predicted work, `step_ms` the predicted present step (0: idle)."""
+    """For beats and placement. `outstanding_s` is predicted work, `step_ms` the predicted present step (0: idle).
+
+    `blocks_used` cannot be had now, `blocks_leased` only at the price of a promise, `blocks_reserved` are those that
+    what was taken on is predicted to need beyond the ones it has.
+    """
 
     running: int
     waiting: int
@@ -52,6 +97,8 @@ class EngineLoad:
     blocks_total: int
     blocks_used: int
     blocks_cached: int
+    blocks_leased: int
+    blocks_reserved: int
     step_ms: int
 
 
@@ -67,7 +114,8 @@ def delta_of(sequence: Sequence, start: int) -> Delta:
         ids=sequence.tokens[sequence.num_prompt + start :],
         logprobs=logprobs,
         cached=sequence.group.num_cached if start == first else None,
-        finish=sequence.finish,
+        finish=None if sequence.finish == HANDED else sequence.finish,
+        moves=sequence.finish == HANDED,
         stop_id=sequence.stop_id,
         failure=sequence.failure,
     )

@@ -21,29 +21,43 @@ Blocks are given back and handed out again at once, also while a step on its way
    this step or one planned before, or that belongs to a page matched in the index, which all stages have computed.
 So a late row (of a sequence that was cancelled or found to have ended) writes to cells that nobody reads before the new
 owner has written them. A preemption keeps what was computed, so it waits until no step is on its way.
+
+What a prompt takes over of its chunks is written by the step that computes the next row, before all its rows, and its
+sequence holds the blocks that it comes from: 1 to 3 hold for it as for rows.
+
+Bytes that move to or from blocks do so beside the steps, in no order with them. That is safe:
+4. What is copied out, or read by whoever has a lease, is in the index: all stages have computed it, and by 2 no row
+   writes to it, nor has one planned earlier yet to run, since the step that completed it came after that.
+5. What is moved in goes to blocks that nobody else holds; but late rows of steps on their way may still write there.
+   So it starts once all of those are applied (`fetching.py`). It enters the index when it is all there, and is only
+   read from then on.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
-from services.worker.flowserve.blocks import BlockPool
+from services.worker.flowserve.rtc.chunks import ChunkTable, Taken
+from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
 from services.worker.flowserve.speculation import Speculator
 from shared.messages import Failure
 
+TAKEN_PER_ROW = 16  # positions that are taken over in the time of one row, at the least
+
 by_age = attrgetter("order")
+GOING = (Status.RUNNING, Status.WAITING, Status.FETCHING)
 
 
 class Chunk(NamedTuple):
     """Rows of one sequence in one step: `length` tokens from position `start`.
 
     `samples`: the chunk reaches the last known token, so its last row gives the next one. With a `draft`, the guesses
-    are the last of its rows, and each of them samples too.
+    are the last of its rows, and each of them samples too. `taken`: what is taken over right before `start`.
     """
 
     sequence: Sequence
@@ -51,6 +65,12 @@ class Chunk(NamedTuple):
     length: int
     samples: bool
     draft: list[int] | tuple[()] = ()
+    taken: tuple[Taken, ...] = ()
+
+    @property
+    def num_taken(self) -> int:
+        """Positions taken over."""
+        return sum(one.stop - one.start for one in self.taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +104,14 @@ class StepPlan:
 
 
 class Scheduler:
-    """First come, first served over one `BlockPool`.
+    """First come, first served over the blocks of one `RtcMaster`.
 
     Why nothing deadlocks or starves. A sequence is admitted only with blocks for all its known tokens, so only decoding
     can run out of blocks; then the youngest running sequence gives up its own and waits to be recomputed. Nobody is
-    submitted who would not fit the pool alone, so the oldest running sequence always gets its block. Whoever waits is
-    admitted strictly by age, so nothing overtakes a long prompt for ever. Requires max_batched_tokens >= max_num_seqs:
+    submitted who would not fit the pool alone, so the oldest running sequence always gets its block: leases and other
+    promises give way to it, and where all that is left is moving, which ends by itself, it waits for that. Whoever
+    waits is admitted strictly by age, so nothing overtakes a long prompt for ever; if nobody runs, promises give way
+    to it too. Requires max_batched_tokens >= max_num_seqs:
     every decoding sequence moves on in every step, and a prefill among them gets at least one row.
 
     In a pipeline a decode that is not inside goes into one of the next `num_stages` micro-batches: the older ones, each
@@ -100,7 +122,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
+        pool: RtcMaster,
         *,
         page: int,
         max_num_seqs: int,
@@ -121,12 +143,15 @@ class Scheduler:
         self.max_draft_rows = max_draft_rows  # rows of a step that has guesses among them
         self.num_stages = num_stages
         self.spread_chunks = spread_chunks
+        self.chunk_table: ChunkTable | None = None  # without one nothing is taken over
         self.running: list[Sequence] = []  # oldest first
         self.waiting: list[Sequence] = []  # oldest first
+        self.fetching: list[Sequence] = []
         self.held: dict[SequenceGroup, list[Sequence]] = {}
         self.num_preemptions = 0
         self.num_queried_tokens = 0  # known tokens at admission
         self.num_hit_tokens = 0  # those of them found in the index
+        self.num_taken_tokens = 0
         self.num_guessed_tokens = 0
         self.num_right_tokens = 0  # guesses that were sampled
 
@@ -135,6 +160,25 @@ class Scheduler:
         it in the index."""
         self.held[group] = list(group.sequences)
         self._release(group, 1)
+
+    def fetch(self, sequence: Sequence) -> None:
+        """Let a waiting sequence wait for pages first."""
+        self.waiting.remove(sequence)
+        self.fetching.append(sequence)
+        sequence.status = Status.FETCHING
+
+    def fetched(self, sequence: Sequence) -> None:
+        """Whatever came: let it wait for admission, in its old place."""
+        self.fetching.remove(sequence)
+        insort(self.waiting, sequence, key=by_age)
+        sequence.status = Status.WAITING
+
+    def num_blocks_before(self, sequence: Sequence) -> int:
+        """Blocks that are not for pages brought for a fetching one: each that decodes needs one soon, and who waits
+        longer than it goes first."""
+        first = self.waiting[0] if self.waiting else sequence
+        due = -(-first.num_known // self.page) if first.order < sequence.order else 0
+        return len(self.running) + due
 
     # -------------------------------------------------------------------------------------------------- decide
 
@@ -162,21 +206,19 @@ class Scheduler:
         decodes = [sequence for sequence in decodes if self._reserve(sequence)]
         if self.num_stages > 1:
             del decodes[self._share(len(decodes), num_decodes, ahead) :]
-        chunks = [_chunk(sequence, 1) for sequence in decodes]
+        chunks = [chunk for sequence in decodes for chunk in _chunks(sequence, 1)]
         budget = self.max_batched_tokens - len(chunks)
         for sequence in prefills:
             if budget and sequence.status is Status.RUNNING:
-                chunks.append(_chunk(sequence, budget))
-                budget -= chunks[-1].length
+                budget = _extend(chunks, sequence, budget)
         # Blocks just taken from someone are not for newcomers.
         can_admit = num_preemptions == self.num_preemptions
         while can_admit and budget and self.waiting and num_going < self.max_num_seqs:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
-            chunks.append(_chunk(sequence, budget))
             num_going += 1
-            budget -= chunks[-1].length
+            budget = _extend(chunks, sequence, budget)
         if self.max_draft and not ahead:
             self._add_drafts(chunks, budget)
         return StepPlan(chunks)
@@ -213,7 +255,7 @@ class Scheduler:
         Guesses take blocks only where there are some to spare, so they preempt nobody.
         """
         num_spare = min(budget, self.max_draft_rows - len(chunks))
-        if num_spare <= 0 or any(chunk.length > 1 for chunk in chunks):
+        if num_spare <= 0 or any(chunk.length > 1 or chunk.taken for chunk in chunks):
             return
         for index, (sequence, start, *_) in enumerate(chunks):
             limit = min(self.max_draft, num_spare, sequence.max_known - sequence.num_known - 1)
@@ -234,29 +276,55 @@ class Scheduler:
         while sequence.status is Status.RUNNING:
             if len(sequence.table) * self.page >= sequence.num_expected:
                 return True
-            if not self.pool.append_block(sequence.table):
+            if not self.pool.append_block(sequence.table, firm=True):
+                if len(self.running) == 1 and self.pool.num_moving:
+                    return False
                 self._preempt(self.running[-1])
         return False
 
     def _admit(self, sequence: Sequence) -> bool:
         """Find the known prefix in the index and take blocks for the rest; all or nothing."""
+        group = sequence.group
         num_pages = (sequence.num_known - 1) // self.page  # the last token must be computed
         matched = self.pool.match_by_prefix_token(sequence.page_hashes(num_pages))
-        rest = self.pool.alloc_blocks(-(-sequence.num_known // self.page) - len(matched))
+        num_rest = -(-sequence.num_known // self.page) - len(matched)
+        self._take_over(sequence, len(matched) * self.page)
+        rest = self.pool.alloc_blocks(num_rest, firm=not self.running)
+        if rest is None and sequence.taken and not self.running:
+            self._drop_sources(sequence)  # it does not fit beside what it would take over
+            rest = self.pool.alloc_blocks(num_rest, firm=True)
         if rest is None:
+            self._drop_sources(sequence)
             self.pool.free(matched)
             return False
         del self.waiting[0]
         insort(self.running, sequence, key=by_age)
         sequence.status = Status.RUNNING
         sequence.table = matched + rest
+        sequence.num_exact = sequence.taken[0].start if sequence.taken else sequence.max_known
         sequence.num_indexed = len(matched)
         sequence.num_computed = sequence.num_planned = len(matched) * self.page
         self.num_queried_tokens += sequence.num_known
         self.num_hit_tokens += sequence.num_computed
-        if sequence.group.num_cached is None:
-            sequence.group.num_cached = min(sequence.num_computed, sequence.num_prompt)
+        num_taken = sum(one.stop - one.start for one in sequence.taken)
+        self.num_taken_tokens += num_taken
+        if group.num_cached is None:
+            num_found = min(sequence.num_computed, sequence.num_prompt)
+            num_new = sum(len(one.request.prompt) - (one.num_cached or 0) for one in group.alone)
+            group.num_cached = num_found + max(num_taken - num_new, 0)
         return True
+
+    def _take_over(self, sequence: Sequence, num_found: int) -> None:
+        """Find the chunks of its prompt, of which `num_found` tokens were found as a prefix."""
+        chunks = sequence.group.chunks
+        if self.chunk_table is not None and chunks:
+            sequence.taken = self.chunk_table.take(chunks, sequence.num_prompt, num_found)
+
+    def _drop_sources(self, sequence: Sequence) -> None:
+        """Nothing (more) is taken over by this sequence."""
+        for one in sequence.taken:
+            self.pool.free(one.source)
+        sequence.taken = []
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting. Its pages stay in the index, so what is not evicted meanwhile is not computed again."""
@@ -278,12 +346,13 @@ class Scheduler:
         """
         sampled = iter(tokens)
         counts: list[int] = []
-        for sequence, start, length, samples, draft in plan.chunks:
+        for sequence, start, length, samples, draft, taken in plan.chunks:
             new = next(sampled) if samples else []
             if sequence.status is not Status.RUNNING:  # it ended while this step was on its way
                 if samples:
                     counts.append(0)
                 continue
+            sequence.num_computed += sum(one.stop - one.start for one in taken)
             if not samples:
                 sequence.num_computed += length
                 self._prompt_computed(sequence, start)
@@ -308,17 +377,20 @@ class Scheduler:
 
     def undo(self, plan: StepPlan) -> None:
         """Take back the newest plan on its way, which was not computed: its sequences are as if never planned."""
-        for sequence, _, length, samples, draft in plan.chunks:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
             if sequence.status is Status.RUNNING:
-                sequence.num_planned -= length - len(draft)
-                sequence.num_coming -= samples
+                sequence.num_planned -= chunk.num_taken + chunk.length - len(chunk.draft)
+                sequence.num_coming -= chunk.samples
 
     def _prompt_computed(self, sequence: Sequence, start: int) -> None:
         """Index what was computed of a prompt from `start` on; once that is all of it, the other choices may go."""
         if start < sequence.num_prompt:
             self._index(sequence, min(sequence.num_computed, sequence.num_prompt))
-        if self.held and sequence.num_computed >= sequence.num_prompt:
-            self._release(sequence.group)
+        if sequence.num_computed >= sequence.num_prompt:
+            self._drop_sources(sequence)
+            if self.held:
+                self._release(sequence.group)
 
     def _learn(self, sequence: Sequence, draft: list[int] | tuple[()], num_right: int) -> None:
         self.num_guessed_tokens += len(draft)
@@ -339,6 +411,8 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+        elif sequence.status is Status.FETCHING:
+            self.fetching.remove(sequence)
         else:
             self.held[group].remove(sequence)
         counted = sequence.num_known if keep is None else sequence.num_prompt + keep
@@ -349,13 +423,13 @@ class Scheduler:
         sequence.status = Status.ENDED
         sequence.finish, sequence.failure = finish, failure
         sequence.row, sequence.speculator = None, Speculator()  # both may be large
-        if not any(s.status in (Status.RUNNING, Status.WAITING) for s in group.sequences):
+        if not any(s.status in GOING for s in group.sequences):
             self._release(group, 1)  # the others waited for this one: the next takes its part
 
     def trim(self, sequence: Sequence, keep: int) -> None:
         """Take output pages past `keep` tokens out of the index (a preemption or an end may have put them in)."""
         num_pages = (sequence.num_prompt + keep) // self.page
-        for page_hash in sequence.hashes[num_pages:]:
+        for page_hash in reversed(sequence.hashes[num_pages:]):
             self.pool.forget(page_hash)
 
     # ----------------------------------------------------------------------------------------------- internals
@@ -374,24 +448,45 @@ class Scheduler:
 
     def _index(self, sequence: Sequence, num_tokens: int) -> None:
         """Offer the full pages among the first `num_tokens` computed tokens to the prefix index."""
-        num_pages = num_tokens // self.page
+        num_pages = min(num_tokens, sequence.num_exact) // self.page
         if num_pages > sequence.num_indexed:
             hashes = sequence.page_hashes(num_pages)
             for index in range(sequence.num_indexed, num_pages):
-                self.pool.store(sequence.table[index], hashes[index])
+                before = hashes[index - 1] if index else None
+                self.pool.store(sequence.table[index], hashes[index], before)
             sequence.num_indexed = num_pages
 
     def _give_back(self, sequence: Sequence) -> None:
+        self._drop_sources(sequence)
         self.pool.free(sequence.table)
         sequence.table = []
         sequence.num_indexed = 0
 
 
-def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    """The next rows of a sequence, up to `budget`, which count as planned from here on."""
-    remaining = sequence.num_remaining
-    start, length = sequence.num_planned, min(budget, remaining)
-    sequence.num_planned += length
-    samples = length == remaining
-    sequence.num_coming += samples
-    return Chunk(sequence, start, length, samples)
+def _extend(chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+    """Plan the next rows of a sequence; what is left of the budget."""
+    for chunk in _chunks(sequence, budget):
+        chunks.append(chunk)
+        budget -= chunk.length + chunk.num_taken // TAKEN_PER_ROW
+    return max(budget, 0)
+
+
+def _chunks(sequence: Sequence, budget: int) -> Iterator[Chunk]:
+    """The next rows of a sequence, up to `budget`, which count as planned from here on. Rows that lie apart, because
+    what is between them is taken over, are several chunks."""
+    while budget > 0:
+        taken = []
+        while (one := sequence.next_taken()) and one.start == sequence.num_planned:
+            taken.append(one)
+            sequence.num_planned = one.stop
+        remaining = sequence.num_remaining
+        end = remaining if one is None else min(remaining, one.start - sequence.num_planned)
+        start, length = sequence.num_planned, min(budget, end)
+        sequence.num_planned += length
+        samples = length == remaining
+        sequence.num_coming += samples
+        chunk = Chunk(sequence, start, length, samples, taken=tuple(taken))
+        yield chunk
+        budget -= length + chunk.num_taken // TAKEN_PER_ROW
+        if samples or one is None:
+            return

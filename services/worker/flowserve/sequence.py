@@ -8,6 +8,7 @@ devices.
     planned   [ computed once the steps on their way are done ) num_planned
     computed  [ keys and values are in the blocks ) num_computed
     indexed   [ offered to the prefix index ) num_indexed pages
+    exact     [ nothing in it, or before it, is taken over from elsewhere ) num_exact
 
 With no step on its way, planned is computed and nothing is coming.
 """
@@ -16,17 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum, auto
+from typing import Final
 
+from services.worker.flowserve.rtc.chunks import Chunk, Taken
 from services.worker.flowserve.sampler import Row
 from services.worker.flowserve.speculation import Speculator
 from shared import blockhash
-from shared.messages import Failure, Request, TokenLogprobs
+from shared.messages import Failure, Handover, Request, TokenLogprobs
+
+HANDED: Final = "handed"  # the finish of a choice that another TE goes on with
 
 
 class Status(Enum):
-    """HELD: a further choice, waiting for the first one to compute the prompt they share."""
+    """HELD: a further choice, waiting for the first one to compute the prompt they share. FETCHING: its pages are being
+    brought to the device; then it waits like any other."""
 
     HELD = auto()
+    FETCHING = auto()
     WAITING = auto()
     RUNNING = auto()
     ENDED = auto()
@@ -44,6 +51,10 @@ class Sequence:
         self.num_given = len(output)  # output tokens the client had when it submitted
         self.tokens = group.request.prompt + output
         self.max_known = min(self.num_prompt + self.sampling.max_tokens, group.context)
+        # Known tokens after which nothing more of it is computed here.
+        self.last_known = (
+            min(self.max_known, self.num_known + 1) if group.hands_over else self.max_known
+        )
         self.num_computed = 0
         self.num_planned = 0
         self.num_coming = 0  # tokens that steps on their way will sample, at the least
@@ -51,6 +62,9 @@ class Sequence:
         self.table: list[int] = []
         self.hashes = list(group.request.hashes)  # of the first full pages, as far as anyone asked
         self.num_indexed = 0
+        # What is taken over of the prompt, in order; where it comes from is held until the prompt is computed.
+        self.taken: list[Taken] = []
+        self.num_exact = self.max_known
         self.status = Status.HELD
         self.row: Row | None = None  # the sampler's history, from the first sampled token on
         self.speculator = Speculator()
@@ -82,7 +96,16 @@ class Sequence:
     @property
     def is_complete(self) -> bool:
         """Whether the steps on their way bring its last token, whatever that will be."""
-        return len(self.tokens) + self.num_coming >= self.max_known
+        return len(self.tokens) + self.num_coming >= self.last_known
+
+    def tables(self) -> Iterator[list[int]]:
+        """The blocks that it holds: its own, and those that it takes over from."""
+        yield self.table
+        yield from (one.source for one in self.taken)
+
+    def next_taken(self) -> Taken | None:
+        """The next part of the prompt that is taken over, as planned so far."""
+        return next((one for one in self.taken if one.start >= self.num_planned), None)
 
     def append(self, token: int) -> None:
         """Take the next output token."""
@@ -99,6 +122,8 @@ class Sequence:
             self.finish, self.stop_id = "stop", last
         elif self.num_known >= self.max_known:
             self.finish = "length"
+        elif self.num_known >= self.last_known:
+            self.finish = HANDED
 
     def page_hashes(self, num_pages: int) -> list[bytes]:
         """The chained hashes of the first `num_pages` pages, all of them full; computed once."""
@@ -114,7 +139,7 @@ class SequenceGroup:
     """The choices of one (request, attempt) that are still to be generated.
 
     `deadline` is a reading of the engine's clock, `context` the longest a sequence may get here, `stop_ids` what ends
-    a choice.
+    a choice. `hands_over`: after the next token another TE goes on. `handover`: what the TE before this one said.
     """
 
     def __init__(
@@ -126,14 +151,21 @@ class SequenceGroup:
         page: int,
         context: int,
         eos_ids: frozenset[int],
+        hands_over: bool = False,
+        handover: Handover | None = None,
     ) -> None:
         self.request = request
+        self.hands_over = hands_over
+        self.handover = handover
         self.arrival = arrival
         self.deadline = deadline
         self.page = page
         self.context = context
         ending = frozenset(request.sampling.stop_token_ids)
         self.stop_ids = ending if request.sampling.ignore_eos else ending | eos_ids
+        self.chunks: list[Chunk] = []  # of the prompt, that may be taken over
+        self.alone: list[SequenceGroup] = []  # chunks that are computed on its account
+        self.chunk: bytes | None = None  # the name of the chunk that is computed alone here
         self.num_cached: int | None = None  # prompt tokens found in the cache; None until admitted
         output = request.output
         self.sequences = [
@@ -141,6 +173,11 @@ class SequenceGroup:
             for choice in range(request.sampling.n)
             if choice not in request.ended
         ]
+        if handover is not None:  # its tokens can be replayed from here
+            first = self.sequences[0]
+            first.num_given -= len(handover.ids)
+            first.logprobs = list(handover.logprobs or [])
+            self.num_cached = handover.cached
 
     def live(self) -> Iterator[Sequence]:
         """The choices that have not ended."""

@@ -16,13 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from services.worker.flowserve import pic
 from services.worker.flowserve.checkpoint import Checkpoint
 from services.worker.flowserve.config import ModelConfig
-from services.worker.flowserve.decoder import Floats, StepInput
-from services.worker.flowserve.device.device import KV, Device, Plan, as_graph_device
+from services.worker.flowserve.decoder import Floats, StepInput, View
+from services.worker.flowserve.device.device import (
+    KV,
+    Device,
+    Plan,
+    SplicingKV,
+    as_graph_device,
+)
 from services.worker.flowserve.graphs import Graphs
 from services.worker.flowserve.prepared import open_prepared
 from services.worker.flowserve.rank import Rank
+from services.worker.flowserve.rope import RotaryTable
 from services.worker.flowserve.rotation import RotatedCheckpoint
 from services.worker.flowserve.spmd.collective import Alone, Collective
 from services.worker.flowserve.torch_weights import Layer, Weights, from_checkpoint, from_prepared
@@ -54,6 +62,8 @@ class TorchDecoder:
         self._collective = collective or Alone()
         self._own = self._rank.part(config)
         self._kv: KV | None = None
+        self._page = device.page
+        self._rotary = RotaryTable(config)  # of splices
         may_record = graphs and self._collective.in_graphs and self._rank.pp_size == 1
         self._recorder = as_graph_device(device) if may_record else None
         self._graphs: Graphs | None = None
@@ -111,6 +121,11 @@ class TorchDecoder:
         return self._kv
 
     @property
+    def splices(self) -> bool:
+        """See `Splicer`. What other executors are told of a step has no splices."""
+        return self._rank.size == 1 and isinstance(self._kv, SplicingKV)
+
+    @property
     def num_graphs(self) -> int:
         """Graphs recorded so far."""
         return self._graphs.num_recorded if self._graphs is not None else 0
@@ -119,8 +134,29 @@ class TorchDecoder:
         """Memory of one KV block of `page` positions over this executor's layers."""
         return self._device.bytes_per_block(self._own, page, self._dtype)
 
+    @property
+    def block_bytes(self) -> int:
+        """See `Movable`."""
+        return self.bytes_per_block(self._page)
+
+    @property
+    def memory(self) -> None:
+        """See `Movable`: a block is spread over the layers' tensors."""
+
+    def block_view(self, block: int) -> None:
+        """See `Movable`."""
+
+    def read_blocks(self, blocks: Sequence[int]) -> View:
+        """See `Movable`."""
+        return self.kv.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: View) -> None:
+        """See `Movable`."""
+        self.kv.write_blocks(blocks, data)
+
     def allocate(self, num_blocks: int, page: int) -> None:
         """Makes the KV cache."""
+        self._page = page
         self._graphs = None  # they hold the former cache
         sizes = (self._own, num_blocks, page, self._dtype)
         if self._recorder is None:
@@ -141,6 +177,8 @@ class TorchDecoder:
     def forward(self, step: StepInput) -> Floats:
         """Computes the rows of `step`, stores their keys and values, and returns logits fp32
         [len(step.sample_rows), vocab]; no rows, in a stage that is not the last."""
+        if step.splices:
+            self._splice(step)
         if self._graphs is not None and (logits := self._graphs.logits(step)) is not None:
             return self._device.floats(logits)
         device, rank, none = self._device, self._rank, np.empty((0, self.config.vocab), np.float32)
@@ -157,6 +195,13 @@ class TorchDecoder:
             self._collective.send(x)
             return none
         return device.floats(self._logits(x[rows])) if step.sample_rows else none
+
+    def _splice(self, step: StepInput) -> None:
+        assert isinstance(self._kv, SplicingKV), "nothing is to be spliced here"
+        table = self._rotary.upto(max(span.start + span.length for span in step.spans))
+        for splice in step.splices:
+            places = (splice.source_start, splice.start, splice.length)
+            self._kv.splice(splice, pic.turn_between(*table, *places))
 
     def _decode(self, ids: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Tokens [T] -> logits [T, vocab]: all of a step, in a model that is not in stages."""

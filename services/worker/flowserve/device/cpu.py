@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from services.worker.flowserve.config import ModelConfig, ModelError
-from services.worker.flowserve.decoder import Floats, Span
+from services.worker.flowserve.decoder import Floats, Span, Splice
+from services.worker.flowserve.device import cells
 from services.worker.flowserve.device.cpu_attention import AttentionPlan, BlockSizes
 from services.worker.flowserve.device.cpu_kv import KVCache, bytes_per_block
 from services.worker.flowserve.device.cpu_linear import FloatLinear, SparseLinears
@@ -29,6 +30,7 @@ from services.worker.flowserve.device.device import (
     Rows,
 )
 from services.worker.flowserve.mlp import DenseMlp
+from services.worker.flowserve.pic import Angles
 from services.worker.flowserve.rope import RotaryTable
 from services.worker.flowserve.tensorfile import Array, as_floats
 
@@ -87,6 +89,10 @@ class CpuKV(KVCache):
         for layer, part in zip(self.layers, parts, strict=True):
             values = part.contiguous().view(layer.dtype).view(-1, *layer.shape[1:])
             layer.index_copy_(0, index, values)
+
+    def splice(self, splice: Splice, angles: Angles) -> None:
+        """See `SplicingKV`."""
+        cells.move(self.layers, self.page, splice, angles, CpuDevice.place)
 
 
 class CpuDevice:

@@ -1,6 +1,6 @@
 """The paged KV cache in torch: keys and values of all layers in blocks of `page` positions, addressed by block number.
 
-Who owns a block is the engine's ledger (`blocks.py`); this module must not know sequences. One block more than asked
+Who owns a block is the engine's ledger (`rtc/`); this module must not know sequences. One block more than asked
 for is kept and stays zero: it pads block tables.
 """
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from services.worker.flowserve.config import ModelConfig
-from services.worker.flowserve.decoder import Floats, Span
+from services.worker.flowserve.decoder import Floats, Span, Splice
+from services.worker.flowserve.pic import Angles
 from services.worker.flowserve.tensorfile import Array
 
 # A decode step of more rows computes longer than it takes to tell the device what, so it is not recorded.
@@ -102,6 +103,15 @@ class KV(Protocol):
 
     def write_blocks(self, blocks: Sequence[int], data: npt.NDArray[np.uint8]) -> None:
         """The other way: what `read_blocks` gave, on a device of the same kind, of the same model and page."""
+        ...
+
+
+@runtime_checkable
+class SplicingKV(KV, Protocol):
+    """A cache that can move keys and values to other positions."""
+
+    def splice(self, splice: Splice, angles: Angles) -> None:
+        """Copy cells, see `Splice`; keys turn by `angles`."""
         ...
 
 

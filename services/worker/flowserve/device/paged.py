@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as functional
 
 from services.worker.flowserve.config import ModelConfig
-from services.worker.flowserve.decoder import Span
+from services.worker.flowserve.decoder import Span, Splice
+from services.worker.flowserve.device import cells
 from services.worker.flowserve.device.accelerator import Rotary, host_tensor, pages_of, upload
 from services.worker.flowserve.device.cpu_kv import bytes_per_block
+from services.worker.flowserve.pic import Angles
 
 NUM_SPARE: Final = 1  # blocks that are nobody's
 _GATHERED_AT_ONCE: Final = (
@@ -101,6 +103,11 @@ class PagedKV:
         for layer, part in zip(self.layers, parts, strict=True):
             values = part.contiguous().view(layer.dtype).view(-1, *layer.shape[1:])
             layer.index_copy_(0, index, values)
+
+    def splice(self, splice: Splice, angles: Angles) -> None:
+        """See `SplicingKV`."""
+        self.enter()
+        cells.move(self.layers, self.page, splice, angles, self.place)
 
 
 class PagedPlan:

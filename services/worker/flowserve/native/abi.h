@@ -50,6 +50,16 @@ struct fs_span {
   int64_t start, length, table;
 };
 
+// `length` positions, copied from `source_start` on of one block table to `start` on of another. Keys turn by cos and sin
+// [head_dim / 2][length], in the pairs (i, i + head_dim / 2); without these they keep their bits.
+struct fs_splice {
+  const int32_t* source;
+  const int32_t* table;
+  int64_t source_start, start, length;
+  const float* cos;
+  const float* sin;
+};
+
 enum fs_part { FS_EMBED, FS_NORM, FS_QKV, FS_ATTENTION, FS_OUT, FS_GATE_UP, FS_DOWN, FS_HEAD, FS_NUM_PARTS };
 
 struct fs_step {

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "kernels.h"
+#include "splice.h"
 
 namespace {
 
@@ -87,6 +88,11 @@ EXPORT void fs_destroy(void* handle) {
 EXPORT int fs_run(void* handle, const fs_model* model, const fs_cache* cache, const fs_step* step) {
   Handle* h = static_cast<Handle*>(handle);
   return guarded([&] { h->kernels.run(h->runner, *model, *cache, *step); });
+}
+
+// On the calling thread, between two steps.
+EXPORT void fs_move(const fs_model* model, const fs_cache* cache, const fs_splice* splice) {
+  Splicer(*model, *cache).run(*splice);
 }
 
 // One kernel at a time, for tests and on the calling thread: groups of fp32 to codes; rows of fp32, quantised, times a
