@@ -382,6 +382,24 @@ def rtc(
     report.write(json, console)
 
 
+@app.command()
+def conversation(
+    model: Model = "smollm2-135m",
+    num_tokens: Annotated[int, typer.Option(min=64, help="Of the conversation.")] = 6000,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each kind.")] = 3,
+    json: Json = "",
+) -> None:
+    """A long conversation whose executor is killed: its next turn elsewhere, on one host and on another."""
+    from deepflow.bench.conversation.bench import Plan, bench_conversation
+
+    cache_dir, folder = _open(model)
+    plan = Plan(num_tokens=num_tokens, rounds=rounds)
+    with _progress() as progress:
+        task = progress.add_task("conversation", total=2 * rounds)
+        report = _run(bench_conversation(folder, cache_dir, plan, lambda: progress.advance(task)))
+    report.write(json, console)
+
+
 def _batches(text: str) -> tuple[int, ...]:
     """Batch sizes, ascending."""
     try:

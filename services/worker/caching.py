@@ -51,6 +51,7 @@ _LOOK_S: Final = 1.0  # how soon another arena, or its end, is noticed
 _POLL_S: Final = (
     0.25  # as long as the cache service may keep an answer back: so late is its death seen
 )
+_PATIENCE: Final = 0.25  # of what computing takes: how long a long fetch may take
 _BACK_OFF_S: Final = (
     1.0  # before it is asked again after it did not answer: others need not wait too
 )
@@ -207,7 +208,9 @@ class Caching:
         compute_s = want.page_s * len(want.hashes)
         settings = self._service.settings
         if (self._has_arena() or want.handover) and compute_s >= settings.fetch_min_s:
-            self._loop.call(self._begin, want, min(compute_s, settings.fetch_timeout_s))
+            # A stalled source is noticed by whoever reads from it; this bounds what a slow one may cost.
+            patience_s = max(settings.fetch_timeout_s, compute_s * _PATIENCE)
+            self._loop.call(self._begin, want, min(compute_s, patience_s))
         else:
             engine.ready(want.request, want.attempt)
 

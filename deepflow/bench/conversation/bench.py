@@ -18,6 +18,7 @@ from deepflow.bench.client import Client
 from deepflow.bench.conversation.hosts import Cluster
 from deepflow.bench.report import Bar, Report
 from deepflow.bench.sample import Sample
+from shared.catalog import ModelFolder
 from shared.errors import Internal
 from shared.text.tokenizer import Tokenizer
 
@@ -40,17 +41,17 @@ class Plan:
     rounds: int = 3
 
 
-async def run(
-    model: str, folder: Path, cache_dir: Path, plan: Plan, say: Callable[[str], None]
+async def bench_conversation(
+    folder: ModelFolder, cache_dir: Path, plan: Plan, advance: Callable[[], None]
 ) -> Report:
-    """Both kinds, one after the other."""
-    tokenizer = Tokenizer.load(folder)
+    """Both kinds, one after the other; `advance` is called after each round. Raises Internal, Unavailable."""
+    model = folder.name
+    tokenizer = Tokenizer.load(folder.path)
     metrics: dict[str, float] = {}
     num_same = num = 0
     for name, num_hosts in (("one_host", 1), ("two_hosts", 2)):
         continued, again = [], []
         for turn in range(plan.rounds):
-            say(f"{name}: round {turn + 1} of {plan.rounds}")
             async with Cluster.start(
                 model,
                 cache_dir,
@@ -63,6 +64,7 @@ async def run(
             again.append(computed)
             num += 1
             num_same += kept.text == computed.text
+            advance()
         metrics |= {
             f"{name}_continued_ttft_ms": 1000 * _median([s.ttft_s for s in continued]),
             f"{name}_recomputed_ttft_ms": 1000 * _median([s.ttft_s for s in again]),
@@ -78,7 +80,7 @@ async def run(
         machine=machine.describe("torch", "nats-py"),
         settings={"model": model, "num_tokens": plan.num_tokens, "rounds": plan.rounds},
         bars=BARS,
-        notes=["ratios are the worst of the rounds, times the median"],
+        notes=["ratios and shares are the worst of the rounds, times the median"],
     )
 
 
