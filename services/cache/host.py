@@ -166,7 +166,7 @@ class Host:
 
     async def find(self, kind: PageKind, hashes: Sequence[bytes]) -> list[Slot]:
         """The slots of the longest prefix that is in the arena."""
-        return await self._call(self._arena.find, kind, hashes)
+        return await self._look(self._arena.find, kind, hashes)
 
     async def free(self, keep: str) -> bool:
         """An explicit context cache has ended."""
@@ -223,9 +223,13 @@ class Host:
 
     async def dump(self, model: str) -> BlocksDump:
         """All pages of a model, as of the last event."""
-        return await self._call(self._dump, model)
+        return await self._look(self._dump, model)
 
     # ------------------------------------------------------------------------------------------- in the store's thread
+
+    async def _look(self, work: Callable[..., T], *args: Any) -> T:
+        """For what changes nothing that there are events or accounts of: those take longer than it does."""
+        return await self._loop.run_in_executor(self._store, partial(work, *args))
 
     async def _call(self, work: Callable[..., T], *args: Any, **named: Any) -> T:
         return await self._loop.run_in_executor(
@@ -324,7 +328,7 @@ class Host:
         commit = Commit(te=self._owner, written=written, dropped=dropped, returned=returned)
         new = self._ask(partial(self._arena.commit, commit, time.monotonic()))
         self.counts["brought"] += len(new)
-        return hashes[: self._ask(partial(self._arena.holds, kind, hashes))]
+        return hashes[: self._store.submit(self._arena.holds, kind, hashes).result()]
 
     def _claim(self, kind: PageKind) -> None:
         """Have a segment before the TEs have them all: who fetches has no time to wait for one."""

@@ -90,7 +90,9 @@ class Leases:
             if held:
                 await self._host.release(name)
             raise
-        self._drop(name)
+        if not self._drop(name):  # its reader was declared dead meanwhile
+            await self._host.release(name)
+            raise NotFound("the lease is over already")
         self._take(name, _Lease(ask.by, len(held) * ask.slot_bytes, until))
         self.num_granted += 1
         return Leased(

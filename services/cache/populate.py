@@ -24,6 +24,7 @@ from services.cache.exchange import Batch
 from services.cache.host import MAX_PAGES, Page, kind_of
 from shared.arena.segment import PageKind
 from shared.errors import DeepFlowError, InvalidRequest, NotFound, Overloaded
+from shared.log import get
 from shared.messages import Populate, Populated, QueryPopulate, Slot
 
 # Before anything was measured. Rather too good than too bad: what is never tried is never measured.
@@ -320,6 +321,9 @@ class Broker:
             fetch.fault, blamed = "not in time", True
         except (DeepFlowError, OSError) as error:
             fetch.fault, blamed = str(error), True
+        except Exception as error:  # a mistake of ours is no reason to stop serving what is here
+            fetch.fault, blamed = repr(error), True
+            get(component="broker").exception("fetch_failed", source=fetch.source)
         finally:
             self._settle(fetch)
         if blamed:

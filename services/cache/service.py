@@ -143,7 +143,7 @@ class Cache:
         self._directory.seen(beat.id, beat.model)
         if self._arena is not None:
             told = beat.counters.get
-            self._arena.broker.heard(beat.id, told("peer_bytes", 0.0), told("peer_seconds", 0.0))
+            self._arena.broker.heard(beat.id, told("peer_bytes", 0.0), told("peer_us", 0.0) / 1e6)
 
     def _on_cache(self, beat: Beat) -> None:
         if not beat.host or beat.id == self._service.id or not _is_token(beat.id):

@@ -45,6 +45,8 @@ COUNTERS: Final = (
     "fetched_arena",  # pages
     "fetched_peer",  # pages
     "fetched_bytes",
+    "peer_bytes",  # read from peers' devices, by what the cache service knows how fast those are
+    "peer_us",
     "fetch_lost",  # pages that had been found, and were not there any more when they were read
 )
 _LOOK_S: Final = 1.0  # how soon another arena, or its end, is noticed
@@ -274,9 +276,12 @@ class Caching:
             try:
                 while peer not in ("", self._te) and num < stop and self._peers is not None:
                     left_s = deadline - time.monotonic()
+                    began = time.monotonic()
                     async with self._peers.read(
                         peer, want.hashes[num:stop], left_s, lease
                     ) as pages:
+                        self._counters["peer_bytes"] += len(pages) * self._page_bytes
+                        self._counters["peer_us"] += round((time.monotonic() - began) * 1e6)
                         fill = partial(_fill, pages)
                         landed = await self._land(want, record, "peer", len(pages), fill)
                     if not landed:

@@ -28,6 +28,8 @@ _HEADER: Final = struct.Struct("<BxxxIQ")  # kind, bytes of the body, number of 
 _MAC_BYTES: Final = 16
 _REST_S: Final = 5.0  # for the rest of a frame whose beginning was waited for without a deadline
 _SLICE_S: Final = 0.2  # how long a wait goes on before `Remaining` is asked again
+_MIN_WAIT_S: Final = 0.001  # to the kernel, none would be for ever
+_TIMEVAL: Final = struct.Struct("@ll")
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
@@ -46,10 +48,15 @@ class Kind(IntEnum):
 
 
 class Channel:
-    """One socket. One thread at a time uses it, but any may `close` it, which wakes the one that does."""
+    """One socket. One thread at a time uses it, but any may `close` it, which wakes the one that does.
+
+    The kernel bounds each wait: Python's own time-outs would be two more system calls for each one that moves bytes.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(None)
         self._socket = connection
+        self._waits_s: dict[int, float] = {}  # as the kernel was told, by option
         self._passes_files = connection.family == socket.AF_UNIX
         self._send_key = self._receive_key = b""
         self._num_sent = self._num_received = 0
@@ -72,8 +79,7 @@ class Channel:
     def is_open(self) -> bool:
         """Whether the peer still has its end open, as far as is known. Only for a channel nobody is reading from."""
         try:
-            self._socket.setblocking(False)  # a time-out would be waited for, whatever the flags
-            return self._socket.recv(1, socket.MSG_PEEK) != b""
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
@@ -129,7 +135,10 @@ class Channel:
             if not hmac.compare_digest(_mac(self._receive_key, bytes(header) + body), mac):
                 raise TransferError(Fault.TAMPERED, "a frame is not as it was sent")
             self._num_received += 1
-            return Kind(kind), body, fd
+            try:
+                return Kind(kind), body, fd
+            except ValueError as error:
+                raise TransferError(Fault.TAMPERED, f"there are no frames of kind {kind}") from error
         except BaseException:
             if fd is not None:
                 os.close(fd)
@@ -147,10 +156,10 @@ class Channel:
         self._in_step = False
         left = list(parts)
         while left:
-            self._socket.settimeout(min(remaining(), _SLICE_S))
+            self._wait_at_most(socket.SO_SNDTIMEO, remaining())
             try:
                 num_sent = self._socket.sendmsg(left, ancillary)
-            except TimeoutError:
+            except BlockingIOError:
                 continue
             except OSError as error:
                 raise _lost(error) from error
@@ -165,10 +174,10 @@ class Channel:
         """Fill `view`. Raises TransferError."""
         self._in_step = False
         while len(view):
-            self._socket.settimeout(min(remaining(), _SLICE_S))
+            self._wait_at_most(socket.SO_RCVTIMEO, remaining())
             try:
-                num_read = self._socket.recv_into(view)
-            except TimeoutError:
+                num_read = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
                 continue
             except OSError as error:
                 raise _lost(error) from error
@@ -180,29 +189,50 @@ class Channel:
     def _read_first(self, header: bytearray, remaining: Remaining | None) -> int | None:
         """Fill `header`; the descriptor that came with it, if one did."""
         view, fds = memoryview(header), array.array("i")
-        while len(view):
-            wait_s = None if remaining is None else min(remaining(), _SLICE_S)
-            try:
-                self._socket.settimeout(wait_s)
-                if self._passes_files:
-                    num_read, messages, _, _ = self._socket.recvmsg_into(
-                        [view], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
-                    )
-                    for _level, _type, data in messages:
-                        fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-                else:
-                    num_read = self._socket.recv_into(view)
-            except TimeoutError:
-                continue
-            except OSError as error:
-                raise _lost(error) from error
-            if not num_read:
-                raise TransferError(Fault.PEER_LOST, "the peer ended the connection")
-            view = view[num_read:]
-            remaining = remaining or within(_REST_S)
-        for extra in fds[1:]:
-            os.close(extra)
+        try:
+            while len(view):
+                self._wait_at_most(socket.SO_RCVTIMEO, remaining() if remaining else None)
+                try:
+                    num_read = self._receive_some(view, fds)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    raise _lost(error) from error
+                if not num_read:
+                    raise TransferError(Fault.PEER_LOST, "the peer ended the connection")
+                view = view[num_read:]
+                remaining = remaining or within(_REST_S)
+            if len(fds) > 1:
+                raise TransferError(Fault.TAMPERED, "a frame came with several descriptors")
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
         return fds[0] if fds else None
+
+    def _receive_some(self, view: memoryview, fds: array.array[int]) -> int:
+        """What there is, and descriptors with it. Raises OSError."""
+        if not self._passes_files:
+            return self._socket.recv_into(view)
+        num_read, messages, _, _ = self._socket.recvmsg_into(
+            [view], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+        )
+        for _level, _type, data in messages:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+        return num_read
+
+    def _wait_at_most(self, option: int, wait_s: float | None) -> None:
+        """Bound the next wait; None: not at all."""
+        wait_s = 0.0 if wait_s is None else max(min(wait_s, _SLICE_S), _MIN_WAIT_S)
+        if self._waits_s.get(option) == wait_s:
+            return
+        try:
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, option, _TIMEVAL.pack(int(wait_s), int(wait_s % 1 * 1e6))
+            )
+        except OSError as error:
+            raise _lost(error) from error
+        self._waits_s[option] = wait_s
 
 
 def within(seconds: float) -> Remaining:

@@ -1,4 +1,4 @@
-"""The owner of a host's arena as a real process: slots for TEs, tickets, leases, and what is left after a kill -9."""
+"""The owner of a host's arena as a real process: its life from start to end, and what is left after a kill -9."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from shared.messages import (
 )
 from tests.cache.hosts import RECIPE, SLOT_BYTES, Writing, content, pages, running
 from tests.nats_server import NatsServer
-from tests.scheduler.players import MODEL, eventually, process, status, wait_ready
+from tests.scheduler.players import MODEL, Te, eventually, process, status, wait_ready
 
 
 async def test_a_full_arena_forgets_the_coldest_but_not_what_is_kept(
@@ -158,23 +158,27 @@ async def test_a_host_without_an_arena_serves_the_directory(
 async def test_a_fabric_that_is_not_ours_stops_the_service(
     nats: NatsServer, tmp_path: Path
 ) -> None:
-    """An address that this machine does not have ends the process with the variable in its log."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "services.cache"),
-        env={
-            **os.environ,
-            "DEEPFLOW_NATS_URL": nats.url,
-            "DEEPFLOW_ARENA_DIR": str(tmp_path / "arena"),
-            "DEEPFLOW_ARENA_BYTES": "1000000",
-            "DEEPFLOW_FABRIC": "192.0.2.1",
-        },
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, log = await asyncio.wait_for(child.communicate(), 20)
-    assert child.returncode == 1
-    assert b"DEEPFLOW_FABRIC" in log
-    assert b"Traceback" not in log
+    """An address that this machine does not have, or one of all, ends the process with the variable in its log."""
+
+    async def ends(fabric: str) -> None:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "services.cache"),
+            env={
+                **os.environ,
+                "DEEPFLOW_NATS_URL": nats.url,
+                "DEEPFLOW_ARENA_DIR": str(tmp_path / fabric),
+                "DEEPFLOW_ARENA_BYTES": "1000000",
+                "DEEPFLOW_FABRIC": fabric,
+            },
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, log = await asyncio.wait_for(child.communicate(), 20)
+        assert child.returncode == 1
+        assert b"DEEPFLOW_FABRIC" in log
+        assert b"Traceback" not in log
+
+    await asyncio.gather(ends("192.0.2.1"), ends("0.0.0.0"))
 
 
 async def test_a_lease_holds_pages_against_eviction(
@@ -221,3 +225,32 @@ async def test_an_arena_whose_folder_is_removed_ends_its_service(
         with Writing(host, "te-1") as te:
             await te.write(pages("b", 3))
         await host.holds(pages("b", 3), 3)
+
+
+async def test_a_restarted_cache_rebuilds_from_dumps(nats: NatsServer, bus: Bus) -> None:
+    """A cache that starts when TEs have pages already answers rightly from its first answer on; SIGTERM ends it."""
+    chain = pages("e", 8)
+
+    async def match() -> dict[str, int]:
+        question = Match(model=MODEL, hashes=chain)
+        matched = await bus.request(bus.subjects.rtc("match"), question, Matched, timeout_s=5)
+        return {holder.te: holder.num_pages for holder in matched.holders}
+
+    async def answers(expected: dict[str, int]) -> bool:
+        return await match() == expected
+
+    async with Te(bus, "te-e1") as te:
+        for _ in range(2):
+            async with process("cache", nats, DEEPFLOW_ARENA_BYTES="off") as (child, name):
+                await wait_ready(bus, "cache", name)
+                assert await match() == ({"te-e1": te.seq} if te.seq else {})
+                await te.change([chain[te.seq]])
+                await te.change([chain[te.seq]])
+                await eventually(lambda: answers({"te-e1": te.seq}))
+                if te.seq == 2:
+                    child.kill()
+                else:
+                    child.send_signal(signal.SIGTERM)
+                    assert await asyncio.wait_for(child.wait(), 10) == 0
+    with pytest.raises(Unavailable):
+        await match()

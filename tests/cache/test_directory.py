@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tracemalloc
 
 import pytest
@@ -14,6 +15,7 @@ from services.cache.directory import ABSENT, MAX_WAITING_PAGES, PAGE_BYTES, TIER
 from shared.messages import BlockEvents, BlocksDump, Holder
 
 ROOMY = 1 << 30
+LONG = 10 if os.environ.get("DEEPFLOW_SOAK") else 1
 
 
 def page(number: int) -> bytes:
@@ -356,6 +358,6 @@ class AgainstTight(Against):
 
 
 TestAgainst = Against.TestCase
-TestAgainst.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestAgainst.settings = settings(max_examples=40 * LONG, stateful_step_count=40, deadline=None)
 TestAgainstTight = AgainstTight.TestCase
-TestAgainstTight.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestAgainstTight.settings = settings(max_examples=25 * LONG, stateful_step_count=40, deadline=None)
