@@ -50,7 +50,9 @@ class WorkerSettings(Settings):
     load_timeout_s: float  # a TE that is not ready by then is replaced
     arena_dir: Path  # the host's, shared with its cache service
     fabric: str  # the address that DistFlow binds to
-    fetch_timeout_s: float  # a fetch may take so long, or a quarter of what computing takes; then it is computed
+    fetch_timeout_s: (
+        float  # a fetch may take so long, or a quarter of what computing takes; then it is computed
+    )
     fetch_min_s: float  # what is computed within that time is not asked for elsewhere
 
     @classmethod

@@ -192,7 +192,7 @@ async def test_a_device_that_has_the_pages_is_named(shared_bus: Bus, near: Host)
         await eventually(named)
         found = await near.populate(chain, te="te-a")  # not to itself
         assert found.peer == ""
-        te.load["counters"] = {"peer_bytes": 1e6, "peer_seconds": 10.0}
+        te.load["counters"] = {"peer_bytes": 1e6, "peer_us": 10e6}
 
         async def measured() -> bool:
             speeds = (await near.status())["speeds"]

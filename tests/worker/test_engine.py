@@ -443,3 +443,21 @@ def test_the_pool_is_sized_by_tokens_or_bytes(tmp_path: Path) -> None:
     assert Engine.from_folder(folder, kv_bytes=2 << 20).load().blocks_total == 2 * by_bytes
     with pytest.raises(errors.InvalidRequest, match="not one block"):
         Engine.from_folder(folder, kv_bytes=100)
+
+
+# --------------------------------------------------------------------------------------------------------- full pools
+
+
+def test_pages_computed_twice_stop_nobody(decoder: ArithmeticDecoder) -> None:
+    """Who computed pages beside another, and holds the other's as well as its own, still gets all of a small pool."""
+    shared, own = PROMPT[: 2 * PAGE], PROMPT[:20]
+    alone = Bench(decoder, num_blocks=8)
+    alone.submit(request("long", [*shared, *own], max_tokens=500))
+    alone.run()
+    bench = Bench(decoder, num_blocks=8)
+    bench.submit(request("first", [*shared, 7], max_tokens=4))
+    bench.submit(request("long", [*shared, *own], max_tokens=500))
+    bench.run()
+    assert bench.engine.counters["preemptions"] == 1
+    assert bench.tokens("long") == alone.tokens("long")
+    assert len(bench.tokens("long")) == bench.engine.context - 52

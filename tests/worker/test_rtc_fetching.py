@@ -378,3 +378,23 @@ def test_what_comes_for_younger_requests_waits_for_older_ones(
     courier.finish(*(f"young-{number}" for number in range(3)))
     assert [load.calls for load in loads] == [[3]] * 3
     courier.close()
+
+
+def test_a_fetch_that_ends_makes_room_for_an_older_one(
+    tiny_config: ModelConfig, store: dict[bytes, bytes]
+) -> None:
+    """It is enough that the younger one is cancelled; nothing else has to happen."""
+    courier = Courier(ArithmeticDecoder(tiny_config), store, num_blocks=6)
+    other = [500 - token for token in PROMPT]
+    courier.submit(request("older", other, max_tokens=4), request("younger", max_tokens=4))
+    older, younger = courier.want(), courier.want()
+    courier.populate(younger, courier.load_of(younger), 3)
+    while courier.engine.ledger()["leased"] != 3:
+        courier.step_or_wait()
+    load = courier.load_of(older)
+    courier.populate(older, load)
+    courier.step()
+    courier.engine.cancel(Cancel(request="younger", attempt=0))
+    courier.finish("older")
+    assert load.calls == [NUM_PAGES]
+    courier.close()

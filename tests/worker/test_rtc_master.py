@@ -109,7 +109,9 @@ class Model:
         return {page: f for f in self.fetches if not f.is_landed for page in f.own}
 
     def make_room(self, num_blocks: int, firm: bool) -> None:
-        """Give up promises, cheapest first, while there is too little room."""
+        """Give up promises, cheapest first, while there is too little room; none if there are too few."""
+        if num_blocks > self.num_blocks - len(self.live() | self.moving()):
+            return
         leases = sorted(self.leases, key=lambda name: self.leases[name].until)
         cheap = [x for x in leases if set(self.leases[x].pages) <= self.in_arena]
         for name in cheap + [x for x in leases if x not in cheap and firm]:

@@ -153,11 +153,11 @@ def test_a_lease_keeps_pages_from_eviction_until_it_ends(courier: Courier) -> No
     compute(courier, request(max_tokens=1))
     lease = courier.engine.lease([*request().hashes, b"unknown"], "peer", 10)
     assert lease is not None
-    assert courier.engine.lease_blocks(lease.id) == lease.blocks
+    assert courier.engine.leased(lease.id) is lease
     assert len(lease.blocks) == held(courier.engine, ["leased"]) == 4
     compute(courier, *[request(str(n), [n + 3, *PROMPT], max_tokens=9) for n in range(30)])
     assert courier.engine.release(lease.id)
-    assert courier.engine.lease_blocks(lease.id) is None
+    assert courier.engine.leased(lease.id) is None
     assert not courier.engine.release(lease.id)
     assert courier.engine.lease([b"unknown"], "peer", 10) is None
 
@@ -218,7 +218,7 @@ def test_a_request_is_handed_over_after_its_first_token(
     assert not courier.ends
     assert courier.tokens() == truth.tokens()[:1]
     assert (handed.ids, handed.num_pages, handed.cached) == (courier.tokens(), 4, 0)
-    assert courier.engine.lease_blocks(handed.lease) is not None
+    assert courier.engine.leased(handed.lease) is not None
     assert held(courier.engine) == 4
     (again,) = courier.engine.replay(Replay(request="r", attempt=0, have=[0]))
     assert (again.ids, again.finish, again.moves) == (handed.ids, None, True)

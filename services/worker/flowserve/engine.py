@@ -280,12 +280,14 @@ class Engine(Traffic):
         now = self._clock()
         self._requests.pass_time(now)
         self._rtc.expire(now)
+        num_preemptions = self._scheduler.num_preemptions
         if self._take_moved():
             while len(self._launches) < self._stream.depth and self._launch():
                 pass
-        self._is_stuck = not self._launches
-        if self._is_stuck:
+        if not self._launches:  # after a preemption there is room to try again
+            self._is_stuck = num_preemptions == self._scheduler.num_preemptions
             return self._report(0, None)
+        self._is_stuck = False
         launch = self._launches[0]
         self._predict()
         try:

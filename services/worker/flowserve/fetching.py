@@ -120,11 +120,12 @@ class Fetches:
         """Move every fetch on as far as it goes: before a step is planned."""
         if not self._fetches:
             return
-        has_room = True
         for request, fetch in list(self._fetches.items()):
             if fetch.sequence.status in (Status.RUNNING, Status.ENDED):
-                self._drop(self._fetches.pop(request))
-            elif fetch.sequence.status is Status.FETCHING:
+                self._drop(self._fetches.pop(request))  # and make room, also for older ones
+        has_room = True
+        for fetch in self._fetches.values():
+            if fetch.sequence.status is Status.FETCHING:
                 has_room = self._move(fetch, has_room)
 
     def close(self) -> None:

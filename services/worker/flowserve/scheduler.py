@@ -109,10 +109,12 @@ class Scheduler:
     Why nothing deadlocks or starves. A sequence is admitted only with blocks for all its known tokens, so only decoding
     can run out of blocks; then the youngest running sequence gives up its own and waits to be recomputed. Nobody is
     submitted who would not fit the pool alone, so the oldest running sequence always gets its block: leases and other
-    promises give way to it, and where all that is left is moving, which ends by itself, it waits for that. Whoever
-    waits is admitted strictly by age, so nothing overtakes a long prompt for ever; if nobody runs, promises give way
-    to it too. Requires max_batched_tokens >= max_num_seqs:
-    every decoding sequence moves on in every step, and a prefill among them gets at least one row.
+    promises give way to it, and where all that is left is moving, which ends by itself, it waits for that. Should it
+    hold too many itself (pages that it computed beside another, and the other's, which its next ones build on), it is
+    preempted as the last, and admitted again with one block for each. Whoever waits is admitted strictly by age, so
+    nothing overtakes a long prompt for ever; if nobody runs, promises give way to it too, and nothing is brought for
+    younger ones into what it needs (`num_blocks_before`). Requires max_batched_tokens >= max_num_seqs: every decoding
+    sequence moves on in every step, and a prefill among them gets at least one row.
 
     In a pipeline a decode that is not inside goes into one of the next `num_stages` micro-batches: the older ones, each
     in one of them at most, do not fill the shares of all. `max_num_seqs` is over all micro-batches,
@@ -252,7 +254,7 @@ class Scheduler:
     def _add_drafts(self, chunks: list[Chunk], budget: int) -> None:
         """Extend decodes by guesses, while further rows cost little: in a small step without prompts.
 
-        Guesses take blocks only where there are some to spare, so they preempt nobody.
+        Guesses take blocks only where there are some to spare, so they preempt nobody and break no promise.
         """
         num_spare = min(budget, self.max_draft_rows - len(chunks))
         if num_spare <= 0 or any(chunk.length > 1 or chunk.taken for chunk in chunks):
@@ -261,7 +263,7 @@ class Scheduler:
             limit = min(self.max_draft, num_spare, sequence.max_known - sequence.num_known - 1)
             draft = sequence.speculator.propose(sequence.tokens, limit)
             while draft and len(sequence.table) * self.page < sequence.num_known + len(draft):
-                if not self.pool.append_block(sequence.table):
+                if not (self.pool.num_available and self.pool.append_block(sequence.table)):
                     del draft[len(sequence.table) * self.page - sequence.num_known :]
                     break
             if draft:

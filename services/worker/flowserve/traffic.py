@@ -112,11 +112,6 @@ class Traffic:
         """
         return self._rtc.lease(hashes, owner, self._clock() + ttl_s) if self.movable else None
 
-    def lease_blocks(self, lease: str) -> list[int] | None:
-        """The blocks of a lease's pages; None if it does not hold any more."""
-        found = self._rtc.leased(lease)
-        return None if found is None else found.blocks
-
     def leased(self, lease: str) -> Lease | None:
         """A lease, if its pages are still held and have been all the time."""
         return self._rtc.leased(lease)

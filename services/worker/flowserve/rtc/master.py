@@ -30,7 +30,7 @@ class RtcMaster(BlockPool):
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks)
-        self._tickets: dict[Ticket, None] = {}  # neither closed nor given up, or still pending
+        self._tickets: dict[Ticket, None] = {}  # not closed, or still pending
         self._arriving: dict[bytes, Arrival] = {}
         self._copying: dict[bytes, int] = {}
         self._leases: dict[str, Lease] = {}
@@ -276,7 +276,10 @@ class RtcMaster(BlockPool):
 
     def _make_room(self, num_blocks: int, firm: bool) -> None:
         """Give up promises until `num_blocks` are available: leases whose pages the arena has, and if `firm` all
-        others: leases before tickets before named caches, each in the order of their time."""
+        others: leases before tickets before named caches, each in the order of their time. None, where even all of
+        them were not enough."""
+        if num_blocks > self.num_blocks - self._num_live - self._num_moving:
+            return
         for lease in sorted(self._leases.values(), key=lambda lease: lease.until):
             if num_blocks <= self.num_available:
                 return

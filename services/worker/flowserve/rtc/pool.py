@@ -78,9 +78,8 @@ class BlockPool:
                 self._num_live += 1
                 if block in self._moving:
                     self._num_moving -= 1
-        cached = (
-            blocks[num_held:] if num_held else blocks
-        )  # nobody holds what builds on one of them
+        # Of the others nobody holds what builds on them either.
+        cached = blocks[num_held:] if num_held else blocks
         if cached:
             for block in cached:
                 refs[block] = 2  # the table, and the next page
