@@ -32,7 +32,8 @@ from services.cache.spilling import Victim, victims
 from shared.arena.segment import PageKind, SlotHeader, State
 from shared.blockhash import DIGEST_BYTES
 from shared.log import note
-from shared.messages import Commit, Copied, Keep, Slot
+from shared.messages import Keep
+from shared.rtc_messages import Commit, Copied, Slot
 
 PAGE_BYTES: Final = 256  # dict entry, hash, place, and the slot's share of the arrays
 GRANT_S: Final = 5.0  # to lock what one was given; a lock that is free after it will not be taken

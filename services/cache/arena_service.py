@@ -22,7 +22,7 @@ from shared.arena.place import Place
 from shared.bus import Subscription
 from shared.distflow.flow import DistFlow
 from shared.errors import DeepFlowError, Unavailable
-from shared.messages import (
+from shared.rtc_messages import (
     BlockEvents,
     BlocksDump,
     BlocksQuery,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from shared.messages import BlockEvents, BlocksDump, Holder
+from shared.rtc_messages import BlockEvents, BlocksDump, Holder
 
 TIERS: Final = ("device", "host", "ssd")  # fastest first
 PAGE_BYTES: Final = 200  # a dict slot at its worst load, and a 16-byte hash as an object of its own

@@ -26,7 +26,7 @@ from shared.distflow.flow import DistFlow
 from shared.distflow.link import Link
 from shared.distflow.region import Piece
 from shared.errors import DeepFlowError, Internal, Unavailable
-from shared.messages import (
+from shared.rtc_messages import (
     Leased,
     LeaseRelease,
     LeaseReleased,

@@ -24,7 +24,7 @@ from shared.arena.segment import (
     try_lock,
     unlock,
 )
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 INDEX_BITS: Final = (
     24  # a place in the arena is a segment's number and a slot's index, in one integer

@@ -30,7 +30,7 @@ from shared.arena.segment import PageKind, SlotHeader
 from shared.arena.writer import Writer
 from shared.blockhash import DIGEST_BYTES
 from shared.errors import InvalidRequest, Unavailable
-from shared.messages import (
+from shared.rtc_messages import (
     BlockEvents,
     BlocksDump,
     Commit,

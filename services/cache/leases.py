@@ -17,7 +17,7 @@ from shared.arena.reader import ReadSegment
 from shared.distflow.flow import DistFlow
 from shared.distflow.region import Region
 from shared.errors import NotFound, Overloaded
-from shared.messages import (
+from shared.rtc_messages import (
     Leased,
     LeaseRelease,
     LeaseReleased,

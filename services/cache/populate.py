@@ -25,7 +25,7 @@ from services.cache.host import MAX_PAGES, Page, kind_of
 from shared.arena.segment import PageKind
 from shared.errors import DeepFlowError, InvalidRequest, NotFound, Overloaded
 from shared.log import get
-from shared.messages import Populate, Populated, QueryPopulate, Slot
+from shared.rtc_messages import Populate, Populated, QueryPopulate, Slot
 
 # Before anything was measured. Rather too good than too bad: what is never tried is never measured.
 PRIORS: Final = {

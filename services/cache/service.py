@@ -20,16 +20,8 @@ from services.cache.settings import CacheSettings
 from shared.arena.place import ArenaError, Place
 from shared.errors import DeepFlowError, Internal, Unavailable
 from shared.liveness import Liveness
-from shared.messages import (
-    Beat,
-    BlockEvents,
-    BlocksDump,
-    BlocksQuery,
-    Down,
-    Match,
-    Matched,
-    TeBeat,
-)
+from shared.messages import Beat, Down, TeBeat
+from shared.rtc_messages import BlockEvents, BlocksDump, BlocksQuery, Match, Matched
 from shared.service import REST_BEAT_S, Service
 from shared.subjects import QUEUE_CACHE, encode
 

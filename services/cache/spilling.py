@@ -9,7 +9,7 @@ from typing import Final
 
 from services.cache.extent import Extent
 from shared.arena.segment import PageKind
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 _MAX_SCAN: Final = 128  # of a segment: what two batches may evict until it is looked at again
 

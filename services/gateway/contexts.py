@@ -24,7 +24,8 @@ from shared import wire
 from shared.bus import Bus, Table
 from shared.errors import DeepFlowError, InvalidRequest, TooLarge
 from shared.log import Logger
-from shared.messages import ContextCache, Free
+from shared.messages import ContextCache
+from shared.rtc_messages import Free
 
 REFRESH_S: Final = 3.0
 MAX_BYTES: Final = 2 * 1024 * 1024  # of one entry; the bus carries no less than 4 MiB

@@ -36,16 +36,9 @@ from services.scheduler.registry import Registry
 from shared import log
 from shared.bus import Bus, failure
 from shared.errors import DeadlineExceeded, DeepFlowError, Overloaded, Unavailable
-from shared.messages import (
-    Cancel,
-    Handover,
-    Match,
-    Matched,
-    ModelEntry,
-    Prefilled,
-    Request,
-)
+from shared.messages import Cancel, Handover, ModelEntry, Prefilled, Request
 from shared.metrics import Metrics
+from shared.rtc_messages import Match, Matched
 
 MATCH_TIMEOUT_S: Final = 0.1  # whatever nobody answers by then counts as not cached
 MAX_SPLIT_ATTEMPTS: Final = 3  # a request that was lost this often is served in one place

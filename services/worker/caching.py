@@ -21,7 +21,7 @@ from shared.arena.place import read_host
 from shared.arena.reader import Reader
 from shared.distflow.flow import DistFlow
 from shared.errors import DeepFlowError, Unavailable
-from shared.messages import Free, Populate, Populated, QueryPopulate
+from shared.rtc_messages import Free, Populate, Populated, QueryPopulate
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from services.worker.loop import EngineLoop, Report
     from services.worker.peers import Pages
     from services.worker.settings import TeSettings
-    from shared.messages import Handover, Slot, Task
+    from shared.messages import Handover, Task
+    from shared.rtc_messages import Slot
     from shared.service import Service
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from shared.arena.writer import Writer
 from shared.errors import DeepFlowError
-from shared.messages import Commit, Copied, Copy, Keep
+from shared.messages import Keep
+from shared.rtc_messages import Commit, Copied, Copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from services.worker.loop import EngineLoop
     from shared.bus import Bus
     from shared.log import Logger
-    from shared.messages import Slot
+    from shared.rtc_messages import Slot
 
     Batch = tuple[Keep | None, list[bytes]]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from shared.distflow.region import Piece
 from shared.errors import DeepFlowError, InvalidRequest, NotFound, Overloaded, Unavailable
-from shared.messages import (
+from shared.rtc_messages import (
     Leased,
     LeaseRelease,
     LeaseReleased,

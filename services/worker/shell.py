@@ -30,9 +30,6 @@ from shared.errors import DeepFlowError, TooLarge, Unavailable
 from shared.messages import (
     Accepted,
     Beat,
-    BlockEvents,
-    BlocksDump,
-    BlocksQuery,
     Cancel,
     Delta,
     Down,
@@ -47,6 +44,7 @@ from shared.messages import (
     TeBeat,
     Tokens,
 )
+from shared.rtc_messages import BlockEvents, BlocksDump, BlocksQuery
 from shared.service import Service, host_name
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from shared.arena.segment import (
     open_segment,
     path_of,
 )
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 
 class ReadSegment:

@@ -33,7 +33,7 @@ from shared.arena.segment import (
     pack_slot,
     try_lock,
 )
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 _LOCK_TRIES: Final = (
     50  # the cache service tries a lock for microseconds, to see whether it is free

@@ -138,7 +138,9 @@ class Channel:
             try:
                 return Kind(kind), body, fd
             except ValueError as error:
-                raise TransferError(Fault.TAMPERED, f"there are no frames of kind {kind}") from error
+                raise TransferError(
+                    Fault.TAMPERED, f"there are no frames of kind {kind}"
+                ) from error
         except BaseException:
             if fd is not None:
                 os.close(fd)

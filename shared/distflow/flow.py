@@ -32,7 +32,7 @@ from shared.distflow.region import Entry, Piece, Region, Table
 from shared.distflow.relay import Node, Patience, Relayed
 from shared.distflow.shm import SharedBuffer
 from shared.distflow.ticket import Ticket
-from shared.messages import LinkOffer
+from shared.rtc_messages import LinkOffer
 
 _HANDSHAKE_S: Final = 5.0
 _MAX_CONNECTIONS: Final = 1024  # of peers that read from here

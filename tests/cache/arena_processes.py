@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 SCRIPT = Path(__file__).parents[1] / "shared" / "arena_process.py"
 

@@ -19,19 +19,17 @@ from shared.arena.place import read_host
 from shared.arena.reader import Reader
 from shared.arena.writer import Writer
 from shared.bus import Bus
-from shared.messages import (
+from shared.messages import Keep, StatusQuery, StatusReply
+from shared.rtc_messages import (
     BlocksDump,
     BlocksQuery,
     Commit,
     Copied,
     Copy,
-    Keep,
     Populate,
     Populated,
     QueryPopulate,
     Slot,
-    StatusQuery,
-    StatusReply,
 )
 from tests.nats_server import NatsServer
 from tests.scheduler.players import MODEL, eventually, process, status, wait_ready

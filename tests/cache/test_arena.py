@@ -15,7 +15,8 @@ from services.cache.reservations import RESERVE_S
 from shared.arena.reader import Reader
 from shared.arena.segment import PageKind, new_name, path_of
 from shared.arena.writer import Writer
-from shared.messages import Commit, Copied, Keep, Slot
+from shared.messages import Keep
+from shared.rtc_messages import Commit, Copied, Slot
 
 KIND = PageKind("model", "recipe", 4096)
 OTHER = PageKind("other", "recipe", 4096)

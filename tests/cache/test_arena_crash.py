@@ -15,7 +15,7 @@ from shared.arena.place import Place
 from shared.arena.reader import Reader
 from shared.arena.segment import PageKind, path_of
 from shared.arena.writer import Writer
-from shared.messages import Commit, Slot
+from shared.rtc_messages import Commit, Slot
 from tests.cache.arena_processes import said, stopped, writer
 
 KIND = PageKind("model", "recipe", 100_000)

@@ -12,7 +12,8 @@ from services.cache.reservations import PATIENCE_S
 from shared.arena.reader import Reader
 from shared.arena.segment import PageKind, path_of
 from shared.arena.writer import Writer
-from shared.messages import Commit, Keep
+from shared.messages import Keep
+from shared.rtc_messages import Commit
 from tests.cache.test_arena import KIND, SEGMENT_BYTES, Host, page
 
 

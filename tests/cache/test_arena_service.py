@@ -16,11 +16,11 @@ from shared.arena.place import Place
 from shared.arena.segment import PageKind
 from shared.bus import Bus
 from shared.errors import NotFound, Unavailable
-from shared.messages import (
+from shared.messages import Keep
+from shared.rtc_messages import (
     Commit,
     Copied,
     Free,
-    Keep,
     Leased,
     LeaseRelease,
     LeaseReleased,

@@ -16,7 +16,8 @@ from services.cache.reservations import RESERVE_S
 from shared.arena.reader import Reader, ReadSegment
 from shared.arena.segment import Layout, PageKind, State, path_of
 from shared.arena.writer import Writer
-from shared.messages import Commit, Keep, Slot
+from shared.messages import Keep
+from shared.rtc_messages import Commit, Slot
 
 KINDS = (PageKind("a", "r", 3000), PageKind("a", "s", 3000), PageKind("b", "r", 7000))
 SEGMENT_BYTES = 4096 * 12  # room for ten small pages or five large ones

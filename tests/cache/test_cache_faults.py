@@ -12,13 +12,11 @@ import pytest
 from shared.bus import Bus
 from shared.distflow.flow import DistFlow
 from shared.errors import InvalidRequest, NotFound, Overloaded
-from shared.messages import (
-    Beat,
+from shared.messages import Beat, Down, Keep, TeBeat
+from shared.rtc_messages import (
     BlocksDump,
     BlocksQuery,
     Commit,
-    Down,
-    Keep,
     Leased,
     LeaseRelease,
     LeaseReleased,
@@ -28,7 +26,6 @@ from shared.messages import (
     Match,
     Matched,
     Slot,
-    TeBeat,
 )
 from tests.cache.hosts import RECIPE, SLOT_BYTES, Host, Writing, pages
 from tests.scheduler.players import MODEL, eventually

@@ -10,7 +10,8 @@ import pytest_asyncio
 
 from shared.bus import Bus
 from shared.errors import Unavailable
-from shared.messages import Down, Match, Matched
+from shared.messages import Down
+from shared.rtc_messages import Match, Matched
 from tests.cache.hosts import pages
 from tests.nats_server import NatsServer
 from tests.scheduler.players import MODEL, Te, eventually, process, status, wait_ready

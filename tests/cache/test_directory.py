@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.cache.directory import ABSENT, MAX_WAITING_PAGES, PAGE_BYTES, TIERS, Directory
-from shared.messages import BlockEvents, BlocksDump, Holder
+from shared.rtc_messages import BlockEvents, BlocksDump, Holder
 
 ROOMY = 1 << 30
 LONG = 10 if os.environ.get("DEEPFLOW_SOAK") else 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.bus import Bus
-from shared.messages import Match, Matched
+from shared.rtc_messages import Match, Matched
 from tests.cache.hosts import (
     SEGMENT_BYTES,
     SLOT_BYTES,

@@ -15,7 +15,7 @@ from services.cache.host import Page
 from services.cache.populate import Broker
 from shared.arena.segment import PageKind
 from shared.errors import NotFound
-from shared.messages import BlockEvents, Populate, Populated, QueryPopulate, Slot
+from shared.rtc_messages import BlockEvents, Populate, Populated, QueryPopulate, Slot
 from tests.cache.hosts import RECIPE, pages
 from tests.scheduler.players import MODEL
 

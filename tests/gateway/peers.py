@@ -15,7 +15,6 @@ from shared.messages import (
     Accepted,
     Cancel,
     Delta,
-    Free,
     ModelEntry,
     Replay,
     Replayed,
@@ -24,6 +23,7 @@ from shared.messages import (
     TokenLogprobs,
     Tokens,
 )
+from shared.rtc_messages import Free
 from shared.text.tokenizer import Tokenizer
 from tests.worker.tiny import IM_END, make_tiny
 

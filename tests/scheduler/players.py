@@ -15,9 +15,6 @@ from shared.errors import DeepFlowError
 from shared.messages import (
     Accepted,
     Beat,
-    BlockEvents,
-    BlocksDump,
-    BlocksQuery,
     Cancel,
     Delta,
     Handover,
@@ -33,6 +30,7 @@ from shared.messages import (
     TeBeat,
     Tokens,
 )
+from shared.rtc_messages import BlockEvents, BlocksDump, BlocksQuery
 from tests.nats_server import NatsServer
 
 MODEL = "tiny"

@@ -12,17 +12,8 @@ import pytest
 
 from shared.bus import Bus
 from shared.errors import Overloaded
-from shared.messages import (
-    Cancel,
-    Down,
-    Holder,
-    Match,
-    Matched,
-    Progress,
-    Sampling,
-    Task,
-    TaskKind,
-)
+from shared.messages import Cancel, Down, Progress, Sampling, Task, TaskKind
+from shared.rtc_messages import Holder, Match, Matched
 from tests.nats_server import NatsServer
 from tests.scheduler.players import (
     Client,

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from shared.arena.writer import WriteSegment
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 
 class Interrupted(WriteSegment):

@@ -23,7 +23,7 @@ from shared.distflow.region import Piece, Region
 from shared.distflow.relay import Patience, Relayed
 from shared.distflow.shm import SharedBuffer
 from shared.distflow.ticket import Ticket
-from shared.messages import LinkOffer
+from shared.rtc_messages import LinkOffer
 
 ROOT = Path(__file__).parents[2]
 

@@ -30,7 +30,7 @@ from shared.arena.segment import (
     remove_unlocked,
 )
 from shared.arena.writer import Writer, WriteSegment
-from shared.messages import Slot
+from shared.rtc_messages import Slot
 
 KIND = PageKind("model", "recipe", 5000)
 PAGE = b"p" * 16

@@ -140,7 +140,7 @@ def test_mooncake_carries_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
     from shared.distflow import mooncake
-    from shared.messages import LinkOffer
+    from shared.rtc_messages import LinkOffer
 
     reads: list[int] = []
     plain: Callable[..., None] = mooncake._Attached.read

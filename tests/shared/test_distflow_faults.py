@@ -18,7 +18,7 @@ from shared.distflow.faults import Fault, LinkError, TransferError
 from shared.distflow.flow import DistFlow
 from shared.distflow.handshake import Credential, Gate, enter
 from shared.distflow.region import Piece, Region
-from shared.messages import LinkOffer
+from shared.rtc_messages import LinkOffer
 from tests.shared.distflow_peer import Peer, pattern
 
 MIB = 1 << 20

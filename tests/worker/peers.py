@@ -25,7 +25,6 @@ from shared.config import BusSettings
 from shared.messages import (
     Accepted,
     Beat,
-    BlockEvents,
     Cancel,
     Delta,
     Down,
@@ -41,6 +40,7 @@ from shared.messages import (
     TeBeat,
     Tokens,
 )
+from shared.rtc_messages import BlockEvents
 from shared.service import instance_id
 from tests.worker.tiny import make_tiny
 

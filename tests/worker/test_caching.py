@@ -13,7 +13,8 @@ import pytest
 from shared import blockhash
 from shared.bus import Bus
 from shared.errors import DeadlineExceeded, Unavailable
-from shared.messages import BlockEvents, Free, Keep, TeBeat
+from shared.messages import Keep, TeBeat
+from shared.rtc_messages import BlockEvents, Free
 from tests.nats_server import NatsServer
 from tests.worker.host import LONG, PAGE, CacheService, Host, counter, generate, pair, settled
 from tests.worker.peers import Peer, tokens

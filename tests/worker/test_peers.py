@@ -23,7 +23,8 @@ from shared.catalog import open_model
 from shared.config import BusSettings
 from shared.distflow.flow import DistFlow
 from shared.errors import DeepFlowError, InvalidRequest, NotFound, Unavailable
-from shared.messages import Leased, LeaseRelease, LeaseReleased, LeaseRequest, Request, Sampling
+from shared.messages import Request, Sampling
+from shared.rtc_messages import Leased, LeaseRelease, LeaseReleased, LeaseRequest
 from tests.nats_server import NatsServer
 from tests.worker.peers import MODEL, make_model
 

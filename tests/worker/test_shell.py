@@ -9,16 +9,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidRequest, NotFound, Overloaded
-from shared.messages import (
-    BlocksDump,
-    BlocksQuery,
-    Cancel,
-    ModelEntry,
-    Registration,
-    Replay,
-    Replayed,
-    TaskKind,
-)
+from shared.messages import Cancel, ModelEntry, Registration, Replay, Replayed, TaskKind
+from shared.rtc_messages import BlocksDump, BlocksQuery
 from tests.nats_server import NatsServer
 from tests.worker.peers import KV_TOKENS, MODEL, PROMPT, Peer, Worker, tokens
 

@@ -19,7 +19,7 @@ from deepflow.bench.rtc.plan import PROMPT_LEN, Plan
 from services.cache.directory import Directory
 from services.worker.flowserve.rtc.master import RtcMaster
 from shared import blockhash
-from shared.messages import BlockEvents
+from shared.rtc_messages import BlockEvents
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from services.worker.flowserve.rtc.master import RtcMaster
 from shared.arena.segment import PageKind
 from shared.arena.writer import Writer
 from shared.errors import InvalidRequest
-from shared.messages import Commit
+from shared.rtc_messages import Commit
 
 BLOCK: Final = 512  # tokens
 _KIND: Final = PageKind("trace", "trace", 16)

@@ -37,7 +37,7 @@ from shared.distflow.flow import DistFlow, default_streams
 from shared.distflow.link import Link
 from shared.distflow.region import Piece, Region
 from shared.errors import Internal
-from shared.messages import LinkOffer, Slot
+from shared.rtc_messages import LinkOffer, Slot
 
 _NUM_STREAMS: Final = default_streams()
 _NUM_MORE: Final = 2 * _NUM_STREAMS
