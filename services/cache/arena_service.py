@@ -20,6 +20,7 @@ from services.cache.populate import Broker
 from services.cache.settings import CacheSettings
 from shared.arena.place import Place
 from shared.bus import Subscription
+from shared.distflow.backend import chosen
 from shared.distflow.flow import DistFlow
 from shared.errors import DeepFlowError, Unavailable
 from shared.rtc_messages import (
@@ -57,7 +58,12 @@ class ArenaService:
         self._intake: list[Subscription] = []
         self._tasks = asyncio.TaskGroup()
         self._leaving = False
-        self._flow = DistFlow(name=service.id, fabric=settings.fabric, host=place.host)
+        self._flow = DistFlow(
+            name=service.id,
+            fabric=settings.fabric,
+            host=place.host,
+            backends=chosen(settings.distflow, settings.fabric),
+        )
         self.host = Host(settings, place, service.id, self._announce)
         self.leases = Leases(self.host, self._flow, max_bytes=settings.lease_bytes)
         self.exchange = Exchange(service.bus, self._flow, service.id)

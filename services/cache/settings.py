@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from shared.arena.place import arena_dir
 from shared.config import ConfigError, Reader, Settings
+from shared.distflow.backend import BACKENDS
 
 _MIB: Final = 1024 * 1024
 _GIB: Final = 1024 * _MIB
@@ -27,6 +28,7 @@ class CacheSettings(Settings):
     ssd_bytes: int = 0  # 0: none
     ssd_all: bool = False  # also pages that nobody has asked for twice
     fabric: str = "127.0.0.1"  # where DistFlow listens
+    distflow: str = ""  # how bytes travel besides sockets: nothing, or mooncake
     fetch_bytes: int = 1 * _GIB  # on their way from SSD and other hosts at once
     lease_bytes: int = 1 * _GIB  # held for others to read at once
 
@@ -46,6 +48,7 @@ class CacheSettings(Settings):
             "ssd_bytes": reader.integer("DEEPFLOW_SSD_BYTES", 0, 0, 1024 * _TIB),
             "ssd_all": reader.flag("DEEPFLOW_SSD_ALL", False),
             "fabric": reader.text("DEEPFLOW_FABRIC", "127.0.0.1"),
+            "distflow": reader.choice("DEEPFLOW_DISTFLOW", "", BACKENDS),
             "fetch_bytes": reader.integer("DEEPFLOW_FETCH_BYTES", 1 * _GIB, 65536, _TIB),
             "lease_bytes": reader.integer("DEEPFLOW_LEASE_BYTES", 1 * _GIB, 65536, _TIB),
         }

@@ -19,6 +19,7 @@ from services.worker.copying import Copying
 from services.worker.peers import Peers
 from shared.arena.place import read_host
 from shared.arena.reader import Reader
+from shared.distflow.backend import chosen
 from shared.distflow.flow import DistFlow
 from shared.errors import DeepFlowError, Unavailable
 from shared.rtc_messages import Free, Populate, Populated, QueryPopulate
@@ -107,7 +108,11 @@ class Caching:
         if not engine.movable:
             self._log.info("no_kv_transfer", why="this decoder's blocks cannot be moved")
             return
-        flow = DistFlow(name=self._te, fabric=settings.fabric, directory=None)
+        flow = DistFlow(
+            name=self._te,
+            fabric=settings.fabric,
+            backends=chosen(settings.distflow, settings.fabric),
+        )
         try:
             flow.start()
         except (OSError, ValueError) as error:

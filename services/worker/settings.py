@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.arena.place import arena_dir
 from shared.config import ConfigError, Reader, Settings
+from shared.distflow.backend import BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +51,7 @@ class WorkerSettings(Settings):
     load_timeout_s: float  # a TE that is not ready by then is replaced
     arena_dir: Path  # the host's, shared with its cache service
     fabric: str  # the address that DistFlow binds to
+    distflow: str  # how bytes travel besides sockets: nothing, or mooncake
     fetch_timeout_s: (
         float  # a fetch may take so long, or a quarter of what computing takes; then it is computed
     )
@@ -103,6 +105,7 @@ class WorkerSettings(Settings):
             "load_timeout_s": reader.number("DEEPFLOW_LOAD_TIMEOUT_S", 600.0, 1.0, 86400.0),
             "arena_dir": arena_dir(reader, common["home_dir"]),
             "fabric": reader.text("DEEPFLOW_FABRIC", "127.0.0.1"),
+            "distflow": reader.choice("DEEPFLOW_DISTFLOW", "", BACKENDS),
             "fetch_timeout_s": reader.number("DEEPFLOW_FETCH_TIMEOUT_S", 2.0, 0.0, 60.0),
             "fetch_min_s": reader.number("DEEPFLOW_FETCH_MIN_MS", 15.0, 0.0, 60_000.0) / 1000,
         }

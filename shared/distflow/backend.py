@@ -6,10 +6,12 @@ them.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 from shared.distflow.memory import Memory, Source
 from shared.errors import InvalidRequest
+
+BACKENDS: Final = ("", "mooncake")  # what DEEPFLOW_DISTFLOW may be
 
 
 class Attached(Protocol):
@@ -46,9 +48,12 @@ class Backend(Protocol):
 
 
 def chosen(name: str, ip: str) -> list[Backend]:
-    """The backends that DEEPFLOW_DISTFLOW asks for beside those that are always there: `name` is its value, "" or
-    "mooncake"; `ip` the address of this machine on the fabric. Raises InvalidRequest for another name, Unavailable
-    where what is asked for cannot be had."""
+    """The backends that DEEPFLOW_DISTFLOW asks for beside those that are always there: `name` is its value, one of
+    BACKENDS; `ip` the address of this machine on the fabric. Mooncake's engine has no authentication: whoever reaches
+    its port reads what is registered, so it is for a fabric that only instances reach.
+
+    Raises InvalidRequest for another name, Unavailable where what is asked for cannot be had.
+    """
     if not name:
         return []
     if name != "mooncake":

@@ -110,7 +110,11 @@ class Gate:
             entry.num_connections += 1
             entry.expires = float("inf")
         channel.secure(_derive(known.secret, b"down", said), _derive(known.secret, b"up", said))
-        channel.send(Kind.READY, b"", remaining)
+        try:
+            channel.send(Kind.READY, b"", remaining)
+        except TransferError:
+            self.left(link)
+            raise
         return link
 
     def left(self, link: bytes) -> None:

@@ -25,7 +25,6 @@ from shared.distflow.channel import Channel, Kind, Remaining, within
 from shared.distflow.faults import Fault, TransferError
 from shared.distflow.memory import Memory
 from shared.distflow.region import Entry, Table
-from shared.distflow.shm import reopen_read_only
 
 CHUNK_BYTES: Final = 512 << 10  # stays in the processor's cache between checksum and copy
 COUNT: Final = struct.Struct("<II")
@@ -93,12 +92,12 @@ class Holder:
         schemes = bytes(body[MAP.size :]).decode().split(",")
         try:
             entry = self._table.get(region)
+            fd = self._table.descriptor(region) if self._channel.passes_files else None
         except TransferError as error:
             self._say(error)
             return
         size = MAPPED.pack(entry.num_bytes, entry.filling)
-        if entry.fd is not None and self._channel.passes_files:
-            fd = reopen_read_only(entry.fd)
+        if fd is not None:
             try:
                 self._channel.send(Kind.MAPPED, size + WAY_FILE, within(_ANSWER_S), fd=fd)
             finally:

@@ -137,6 +137,8 @@ class Link:
         nobody has begun in time, whatever the threads wait for themselves. Raises TransferError."""
         overdue: list[tuple[Part, TransferError]] = []
         with self._changed:
+            if self._fault is not None:
+                raise self._as_transfer_error()
             for _ in range(len(self._parts)):
                 waiting = self._parts.popleft()
                 try:

@@ -90,7 +90,7 @@ class PartReader:
         self._progress = part.progress
         self._deadline = part.ticket.deadline
         self._remaining = remaining
-        self._num_landed = 0
+        self._num_landed = self._num_unproven = 0
         self._staging: tuple[Memory, memoryview] | None = None
         self.answered = True  # nothing is on its way: another part may use the connection
 
@@ -99,6 +99,10 @@ class PartReader:
         self._ask(Kind.MAP, MAP.pack(region) + ",".join(backends).encode())
         body, fd = self._answer(Kind.MAPPED)
         self.answered = True
+        if len(body) < MAPPED.size:
+            if fd is not None:
+                os.close(fd)
+            raise TransferError(Fault.TAMPERED, "an answer is too short")
         num_bytes, filling = MAPPED.unpack_from(body)
         scheme, _, handle = bytes(body[MAPPED.size :]).partition(b"\0")
         if fd is not None:
@@ -131,7 +135,7 @@ class PartReader:
             part = Run(
                 run.region, run.generation, run.offset + done, size, run.into, run.start + done
             )
-            if way.filling:
+            if way.filling or self._progress is not None:  # proves the part before, too
                 self.check([part])
             if way.attached is not None:
                 way.attached.read(part.offset, size, part.into, part.start, self._remaining())
@@ -182,7 +186,14 @@ class PartReader:
         return self._staging[1]
 
     def _landed(self, size: int) -> None:
-        self._num_landed += size
+        """They have come, but perhaps of another generation: it counts when the holder goes on after them."""
+        self._num_unproven += size
+
+    def _prove(self) -> None:
+        if not self._num_unproven:
+            return
+        self._num_landed += self._num_unproven
+        self._num_unproven = 0
         if self._progress is not None:
             self._progress.landed(self._num_landed)
 
@@ -200,6 +211,10 @@ class PartReader:
         """Its body and descriptor. Raises TransferError: among others, what the holder says instead."""
         while True:
             kind, body, fd = self._channel.receive(self._remaining)
+            if (
+                kind != Kind.FAULT
+            ):  # before it sends anything else the holder looks at the generation
+                self._prove()
             if kind == expected:
                 return body, fd
             if fd is not None:

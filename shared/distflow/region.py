@@ -6,7 +6,9 @@ here.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Final
 
 from shared.distflow.faults import Fault, TransferError
 from shared.distflow.memory import Destination, Memory, Source, num_bytes_of, readable
+from shared.distflow.shm import reopen_read_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,12 @@ class Entry:
         """Whether bytes are still to come."""
         return self.available < self.num_bytes
 
+    def close(self) -> None:
+        """Give back the descriptor."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
 
 class Table:
     """All regions of one instance; any thread."""
@@ -73,6 +82,10 @@ class Table:
         with self._changed:
             self._last_id += 1
             available = 0 if filling else num_bytes
+            if fd is not None:
+                fd = reopen_read_only(
+                    fd
+                )  # whoever made the file may close his, and the number be another's
             self._entries[self._last_id] = Entry(memory, view, fd, num_bytes, available)
             return Region(self._last_id, 1, num_bytes)
 
@@ -90,6 +103,7 @@ class Table:
             entry = self._entries.pop(id, None)
             self._changed.notify_all()
             if entry is not None:
+                entry.close()
                 self._changed.wait_for(lambda: not entry.num_loads)
             return entry
 
@@ -112,6 +126,12 @@ class Table:
         with self._changed:
             return self._get(id)
 
+    def descriptor(self, id: int) -> int | None:
+        """A read-only one of the region's file, which is the caller's to close. Raises TransferError."""
+        with self._changed:
+            fd = self._get(id).fd
+            return None if fd is None else os.dup(fd)
+
     def check(self, id: int, generation: int, offset: int, length: int) -> Entry:
         """The region, if it has these bytes in this generation, now or soon. Raises TransferError."""
         with self._changed:
@@ -123,11 +143,14 @@ class Table:
         """The region once it has these bytes; None if it has not after `timeout_s`. Raises TransferError."""
         with self._changed:
             entry = self._check(id, generation, offset, length)
-            if entry.available >= offset + length:
-                return entry
-            self._changed.wait(timeout_s)
-            entry = self._check(id, generation, offset, length)
-            return entry if entry.available >= offset + length else None
+            give_up = time.monotonic() + timeout_s
+            while entry.available < offset + length:
+                left_s = give_up - time.monotonic()
+                if left_s <= 0:
+                    return None
+                self._changed.wait(left_s)
+                entry = self._check(id, generation, offset, length)
+            return entry
 
     @contextmanager
     def loading(self, id: int) -> Iterator[None]:
@@ -147,6 +170,8 @@ class Table:
         with self._changed:
             entries = list(self._entries.values())
             self._entries.clear()
+            for entry in entries:
+                entry.close()
             self._changed.notify_all()
             return entries
 

@@ -25,6 +25,7 @@ class Ticket:
         self.num_bytes: Final = num_bytes
         self.deadline: Final = time.monotonic() + timeout_s
         self.future: Final[Future[int]] = Future()  # of the number of bytes
+        self.future.set_running_or_notify_cancel()  # who waits may leave; what ends it is `cancel`
         self._lock = threading.Lock()
         self._num_parts = 1
         self._error: TransferError | None = None

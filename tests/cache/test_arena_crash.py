@@ -232,7 +232,7 @@ from services.cache.extent import Extent
 from shared.arena.place import Place
 from shared.arena.segment import PageKind
 from shared.arena.writer import Writer
-from shared.messages import Commit
+from shared.rtc_messages import Commit
 
 folder, survive = Path(sys.argv[1]), int(sys.argv[2])
 place = Place.own(folder)

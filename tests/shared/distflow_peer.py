@@ -5,15 +5,17 @@ Tests start it with `Peer`; `python -m tests.shared.distflow_peer` is what runs 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from shared.distflow.shm import SharedBuffer
 from shared.distflow.ticket import Ticket
 from shared.rtc_messages import LinkOffer
 
+ENDED = '"ended"\n'
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,17 +58,15 @@ class SlowMemory:
 
 
 class Peer:
-    """The process, from the test's side."""
+    """One instance in a process, from the test's side. The process is used again by another one after `end`."""
+
+    _idle: ClassVar[list[subprocess.Popen[str]]] = []
 
     def __init__(self, name: str, directory: Path, host: str) -> None:
         self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.shared.distflow_peer", name, str(directory), host],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.process = self._idle.pop() if self._idle else _start()
+        self.tell("begin", name=name, directory=str(directory), host=host)
+        self.answer()
 
     def ask(self, verb: str, **arguments: Any) -> Any:
         """What the verb returns there; RuntimeError with the fault if it failed."""
@@ -107,15 +108,48 @@ class Peer:
         self.process.wait()
 
     def end(self) -> None:
-        self.go_on()
-        assert self.process.stdin is not None
+        """Close the instance, unless it has ended. Idempotent."""
         assert self.process.stdout is not None
+        if self in _ended:
+            return
+        _ended.add(self)
+        self.go_on()
         try:
-            self.process.stdin.close()
-            self.process.wait(5)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            self.kill()
-        self.process.stdout.close()
+            self.tell("end")
+            while self.process.stdout.readline() != ENDED:  # answers nobody asked for
+                if self.process.poll() is not None:
+                    raise BrokenPipeError
+            self._idle.append(self.process)
+        except BrokenPipeError:
+            _discard(self.process)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """End the processes that nobody uses any more."""
+        while cls._idle:
+            _discard(cls._idle.pop())
+
+
+_ended: weakref.WeakSet[Peer] = weakref.WeakSet()
+
+
+def _start() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.shared.distflow_peer"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _discard(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # it was killed with something still to be written
+        process.stdin.close()
+    process.stdout.close()
+    process.wait(5)
 
 
 def _state(task: Path) -> str:
@@ -155,6 +189,16 @@ class _Instance:
 
     def renew(self, region: int) -> list[int]:
         return self._keep(self._flow.renew(self._regions[region]), self._memory[region])
+
+    def hurry(self, region: int) -> None:
+        """Slow memory is slow no more."""
+        self._memory[region].load_s = 0.0
+
+    def change(self, region: int) -> None:
+        """The next generation, whose bytes are all zero, also in a chunk of the old one that is being loaded."""
+        self._flow.renew(self._regions[region])
+        memory = self._memory[region]
+        memory.bytes[:] = bytes(memory.num_bytes)
 
     def unregister(self, region: int) -> None:
         self._flow.unregister(self._regions[region])
@@ -217,17 +261,29 @@ def _view(memory: Any) -> memoryview:
 
 
 def main() -> None:
-    name, directory, host = sys.argv[1:]
-    with DistFlow(name=name, directory=Path(directory), host=host) as flow:
-        instance = _Instance(flow)
-        for line in sys.stdin:
-            verb, arguments = json.loads(line)
-            try:
+    flow: DistFlow | None = None
+    instance: _Instance | None = None
+    for line in sys.stdin:
+        verb, arguments = json.loads(line)
+        answer: list[Any] = [True, None]
+        try:
+            if verb == "begin":
+                arguments["directory"] = Path(arguments["directory"])
+                flow = DistFlow(**arguments)
+                flow.start()
+                instance = _Instance(flow)
+            elif verb == "end":
+                assert flow is not None
+                flow.close()
+                flow = instance = None
+                print(ENDED, end="", flush=True)  # noqa: T201 - the protocol
+                continue
+            else:
                 answer = [True, getattr(instance, verb)(**arguments)]
-            except Exception as error:  # the test is told
-                fault = getattr(error, "fault", type(error).__name__)
-                answer = [False, str(fault)]
-            print(json.dumps(answer), flush=True)  # noqa: T201 - the protocol
+        except Exception as error:  # the test is told
+            fault = getattr(error, "fault", type(error).__name__)
+            answer = [False, str(fault)]
+        print(json.dumps(answer), flush=True)  # noqa: T201 - the protocol
     os._exit(0)
 
 

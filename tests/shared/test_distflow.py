@@ -108,6 +108,22 @@ async def test_a_ticket_can_be_awaited(flow: DistFlow, start_peer: StartPeer) ->
         await asyncio.wrap_future(bad.future)
 
 
+async def test_who_leaves_while_waiting_breaks_nothing(
+    flow: DistFlow, start_peer: StartPeer
+) -> None:
+    """A coroutine that is cancelled while it awaits a transfer takes no thread of the link with it."""
+    peer = start_peer("a")
+    region = peer.register(2 * MIB, slow_s=0.1)
+    link = flow.link(peer.offer("here"), timeout_s=5)
+    for _ in range(6):  # more than the link has threads
+        ticket = flow.transfer(link, [_whole(region)], timeout_s=5)
+        waiting = asyncio.wrap_future(ticket.future)
+        waiting.cancel()
+        await asyncio.sleep(0)
+        ticket.cancel()
+    assert (await asyncio.to_thread(read, flow, link, region)).any()
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("change", "fault"),

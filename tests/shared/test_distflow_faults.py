@@ -262,6 +262,36 @@ def test_offers_and_links_end() -> None:
         end.release()
 
 
+def test_an_opener_that_goes_at_once_leaves_no_link() -> None:
+    """A link whose opener is gone before it is told that it is in counts no connection, so it ends in time."""
+    gate = Gate()
+    here, there = socket.socketpair()
+    ends = Channel(here), Channel(there)
+
+    def gone() -> float:  # the proof is read by then, and READY not sent
+        if gate.num_links:
+            raise TransferError(Fault.DEADLINE, "gone")
+        return 5.0
+
+    found: list[object] = []
+
+    def admit() -> None:
+        try:
+            found.append(gate.admit(ends[1], gone))
+        except TransferError as error:
+            found.append(error.fault)
+
+    thread = threading.Thread(target=admit)
+    thread.start()
+    with pytest.raises(TransferError):
+        enter(ends[0], Credential.of_token(gate.offer("b", 5.0)), "b", within(0.5))
+    thread.join()
+    assert found == [Fault.DEADLINE]
+    assert gate.num_links == 0
+    for end in ends:
+        end.release()
+
+
 def _refused(gate: Gate, channel: Channel) -> None:
     with pytest.raises(TransferError):
         gate.admit(channel, within(5.0))
@@ -369,7 +399,7 @@ def test_a_changed_handshake_makes_no_link(
     """Whatever bit of the handshake somebody in the middle flips, there is no link."""
     meddler = Meddler(peer.offer("here"), _flip(from_holder, position))
     with pytest.raises(LinkError):
-        far.link(meddler.offer, timeout_s=2)
+        far.link(meddler.offer, timeout_s=0.7)
     meddler.close()
 
 
@@ -394,7 +424,7 @@ def test_a_changed_transfer_is_not_done(
     meddler = Meddler(peer.offer("here"), _flip(from_holder, position))
     link = far.link(meddler.offer, timeout_s=5)
     with pytest.raises(TransferError) as raised:
-        far.transfer(link, [whole(region)], timeout_s=2).wait()
+        far.transfer(link, [whole(region)], timeout_s=0.7).wait()
     assert raised.value.fault in faults
     meddler.close()
 
