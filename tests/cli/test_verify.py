@@ -171,7 +171,7 @@ def test_a_refusal_leaves_no_report(tmp_path: Path) -> None:
     assert not report.exists()
 
 
-@pytest.mark.system
+@pytest.mark.service  # a process for each check; beside others, because they run one after the other
 @pytest.mark.timeout(240)
 def test_the_cpu_passes(tmp_path: Path) -> None:
     """Every check that makes sense on it, in one command, and a report that says on what it was found."""

@@ -11,15 +11,16 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import messages, wire
+from shared import messages, rtc_messages, wire
 
 MESSAGES = [
     kind
-    for _, kind in inspect.getmembers(messages, inspect.isclass)
-    if dataclasses.is_dataclass(kind) and kind.__module__ == messages.__name__
+    for module in (messages, rtc_messages)
+    for _, kind in inspect.getmembers(module, inspect.isclass)
+    if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
 ]
 SCALARS: dict[Any, st.SearchStrategy[Any]] = {
     str: st.text(max_size=8),
@@ -53,6 +54,7 @@ def instances(kind: type[Any]) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
+@settings(max_examples=40)  # of each
 @given(data=st.data())
 def test_every_message_survives_the_round_trip(kind: type[Any], data: st.DataObject) -> None:
     """What was encoded is decoded to an equal message, over the bus and in a table."""

@@ -159,6 +159,14 @@ class Stack:
         assert status == 200, body
         return {te["id"]: te for te in body["ledgers"] if te["kind"] == "te"}
 
+    def arenas(self) -> list[dict[str, Any]]:
+        """The slots of each kind of page in the arena, as the cache service tells."""
+        status, body = self.get("/debug/kv/ledger")
+        assert status == 200, body
+        return [
+            kind for cache in body["ledgers"] if cache["kind"] == "cache" for kind in cache["arena"]
+        ]
+
     def wait_idle(self, within_s: float = 5.0) -> dict[str, dict[str, Any]]:
         """Wait until no TE holds live blocks; the balanced ledgers."""
         give_up = time.monotonic() + within_s

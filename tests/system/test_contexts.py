@@ -50,7 +50,11 @@ async def test_a_context_is_computed_once_and_outlives_its_te(tmp_path: Path) ->
     """A chat that names a context answers as if its messages had been sent whole, hits the cache, also after the TE
     that computed it was killed; another tenant, and everybody after its end, gets 404."""
     make_tiny(tmp_path / "models" / MODEL, layers=2, name=MODEL)
-    settings = KEYS | {"DEEPFLOW_ARENA_BYTES": str(128 << 20), "DEEPFLOW_THREADS": "1"}
+    settings = KEYS | {
+        "DEEPFLOW_ARENA_BYTES": str(128 << 20),
+        "DEEPFLOW_THREADS": "1",
+        "DEEPFLOW_FETCH_MIN_MS": "0",  # so small a model computes faster than that
+    }
     async with (
         Cluster.start(MODEL, tmp_path, settings, num_workers=2) as cluster,
         aiohttp.ClientSession() as session,
@@ -64,9 +68,9 @@ async def test_a_context_is_computed_once_and_outlives_its_te(tmp_path: Path) ->
         assert status == 200, (context, cluster.logs())
         num_pages = context["tokens"] // 16
 
+        await cluster.wait_copied(num_pages)
         for killed in (False, True):
             if killed:
-                await cluster.wait_copied(num_pages)
                 await cluster.kill_server()
             status, answer = await alice.chat(QUESTION, cache=context["id"])
             assert status == 200, cluster.logs()

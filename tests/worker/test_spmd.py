@@ -31,15 +31,18 @@ pytestmark = pytest.mark.timeout(120)
 # Two KV heads: with four ranks each is on two of them.
 FAMILIES = ("llama", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 SHAPES = [
-    ("llama", "fp32", 2, 1),
-    ("llama", "fp32", 4, 1),
     ("llama", "fp32", 1, 2),
     ("qwen3", "fp32", 2, 2),
-    ("qwen3", "w8a8", 2, 1),
     ("mixtral", "fp32", 4, 1),
     ("qwen2_moe", "w8a8", 2, 1),
-    ("qwen3_moe", "fp32", 2, 2),
 ]
+if os.environ.get("DEEPFLOW_SOAK"):
+    SHAPES += [
+        ("llama", "fp32", 2, 1),
+        ("llama", "fp32", 4, 1),
+        ("qwen3", "w8a8", 2, 1),
+        ("qwen3_moe", "fp32", 2, 2),
+    ]
 
 
 STEP = StepInput([5], [Span(0, 1, [0])], [0])
