@@ -5,6 +5,7 @@ Messages are stored as JSON, which a person can read with any NATS tool. This mo
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
@@ -137,6 +138,17 @@ class Table:
 
     def _key(self, key: str) -> str:
         return self._prefix + encode(key)
+
+
+def heed_cancellation() -> None:
+    """To be called once a round by a loop that uses tables for ever: nats-py waits with `asyncio.wait_for`, which
+    before Python 3.12 loses a cancellation that comes together with the answer, and nobody cancels twice.
+
+    Raises CancelledError.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 @contextlib.contextmanager

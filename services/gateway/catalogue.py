@@ -20,6 +20,7 @@ from shared.bus import Bus
 from shared.errors import DeepFlowError, ModelNotFound, Unavailable
 from shared.log import Logger
 from shared.messages import ModelEntry
+from shared.table import heed_cancellation
 from shared.text.tokenizer import Tokenizer
 
 REFRESH_S: Final = 3.0
@@ -148,6 +149,7 @@ class Catalogue:
                 pass
             self._again.clear()
             await self.refresh()
+            heed_cancellation()
 
 
 def open_text(cache_dir: Path, entry: ModelEntry) -> Model:

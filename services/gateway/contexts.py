@@ -26,6 +26,7 @@ from shared.errors import DeepFlowError, InvalidRequest, TooLarge
 from shared.log import Logger
 from shared.messages import ContextCache
 from shared.rtc_messages import Free
+from shared.table import heed_cancellation
 
 REFRESH_S: Final = 3.0
 MAX_BYTES: Final = 2 * 1024 * 1024  # of one entry; the bus carries no less than 4 MiB
@@ -294,6 +295,7 @@ class Contexts:
                 pass
             self._again.clear()
             await self.refresh()
+            heed_cancellation()
 
 
 def check_size(num_tokens: int, num_common: int, page: int, *, public: bool, field: str) -> None:

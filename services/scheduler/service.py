@@ -31,6 +31,7 @@ from shared.messages import (
 )
 from shared.service import Service
 from shared.subjects import QUEUE_SCHEDULER
+from shared.table import heed_cancellation
 
 _TICK_S = 0.25
 _REFRESH_S = 5.0
@@ -194,6 +195,7 @@ class Scheduler:
                 pass  # the usual case: nothing called for it earlier
             self._refresh_now.clear()
             await self._refresh()
+            heed_cancellation()
 
     async def _refresh(self) -> None:
         """Reads both tables; without them the last view stands, and beats keep the JE going."""

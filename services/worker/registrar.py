@@ -8,6 +8,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from shared.errors import DeepFlowError
+from shared.table import heed_cancellation
 
 if TYPE_CHECKING:
     from shared.bus import Bus
@@ -42,6 +43,7 @@ class Registrar:
     async def keep(self) -> None:
         """Write what is due, for ever."""
         while True:
+            heed_cancellation()
             await self._due.wait()
             self._due.clear()
             try:
