@@ -27,6 +27,7 @@ def _bench(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.system
+@pytest.mark.apart
 @pytest.mark.timeout(160)
 def test_bench_bus_measures_everything_and_leaves_nothing(tmp_path: Path) -> None:
     """`bench bus --quick --json -` prints every metric it promises, and leaves neither process nor home behind."""
@@ -62,6 +63,7 @@ def _environ(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.system
+@pytest.mark.apart
 @pytest.mark.timeout(120)
 def test_bench_engine_measures_everything(tmp_path: Path) -> None:
     """`bench engine --json -` prints every metric it promises, with ratios that follow from its figures."""

@@ -361,6 +361,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "ma
 
 
 @pytest.mark.system
+@pytest.mark.apart
 @pytest.mark.timeout(180)
 class TestPlatform:
     """In order: asked, looked at, stopped."""

@@ -26,7 +26,7 @@ from shared.config import EXIT_CODE, Reader
 from shared.errors import DeepFlowError
 from tests.worker.tiny import make_tiny
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system, pytest.mark.apart, pytest.mark.timeout(180)]
 NAMES = {"launcher", "nats", "gateway", "scheduler", "worker", "cache"}
 
 

@@ -11,7 +11,7 @@ import pytest
 from deepflow.bench.conversation.hosts import Cluster
 from tests.worker.tiny import make_tiny
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system, pytest.mark.apart, pytest.mark.timeout(180)]
 MODEL = "tiny"
 KEYS = {"DEEPFLOW_API_KEYS": "alice:key-a,bob:key-b,operator:key-o"}
 CONTEXT = [{"role": "system", "content": "You know this by heart. " * 40}]

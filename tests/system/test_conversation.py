@@ -14,7 +14,7 @@ from tests.conftest import test_cache
 from tests.system.conftest import MODEL
 from tests.system.stack import body, stream
 
-pytestmark = [pytest.mark.system, pytest.mark.smollm2, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system, pytest.mark.apart, pytest.mark.smollm2, pytest.mark.timeout(180)]
 NUM_TOKENS = 1500
 OUTPUT = 12
 

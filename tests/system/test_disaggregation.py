@@ -17,7 +17,7 @@ from deepflow import LLM
 from tests.system.stack import Stack, Stream, body, stream
 from tests.worker.tiny import make_tiny
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.apart, pytest.mark.timeout(300)]
 MODEL = "tiny"
 NUM_REQUESTS = 500
 NUM_AT_ONCE = 12

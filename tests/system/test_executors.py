@@ -16,7 +16,7 @@ import pytest
 from tests.system.stack import Stack, body, stream_all
 from tests.worker.tiny import make_tiny
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.system, pytest.mark.apart, pytest.mark.timeout(150)]
 MODEL = "tiny"
 NUM_TOKENS = 400
 KILL_AT = 20  # tokens a stream has when the blow falls
