@@ -141,7 +141,7 @@ class Table:
 
 
 def heed_cancellation() -> None:
-    """To be called once a round by a loop that uses tables for ever: nats-py waits with `asyncio.wait_for`, which
+    """To be called once a round by a loop that asks the bus for ever: nats-py waits with `asyncio.wait_for`, which
     before Python 3.12 loses a cancellation that comes together with the answer, and nobody cancels twice.
 
     Raises CancelledError.

@@ -15,6 +15,7 @@ from shared.arena.writer import Writer
 from shared.errors import DeepFlowError
 from shared.messages import Keep
 from shared.rtc_messages import Commit, Copied, Copy
+from shared.table import heed_cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,6 +106,7 @@ class Copying:
         """Copy what is due, for ever."""
         pause_s = _PAUSES_S[0]
         while True:
+            heed_cancellation()
             if self._is_stale:
                 self._writer.close()
                 self._is_stale = False

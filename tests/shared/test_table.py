@@ -9,6 +9,7 @@ import nats as nats_client
 
 from shared.bus import Bus
 from shared.messages import ContextCache
+from shared.table import heed_cancellation
 from tests.nats_server import NatsServer
 
 ENTRY = ContextCache(id="", tenant="t", model="m", name="", num_tokens=1, created=0, expires=1)
@@ -91,6 +92,7 @@ async def test_a_table_is_read_whole_while_others_change_it(bus: Bus, nats: Nats
         while True:
             await table.create("comes and goes", ENTRY)
             await table.delete("comes and goes")
+            heed_cancellation()
 
     async with asyncio.TaskGroup() as tasks:
         churning = tasks.create_task(churn())
