@@ -163,9 +163,8 @@ class Stack:
         """The slots of each kind of page in the arena, as the cache service tells."""
         status, body = self.get("/debug/kv/ledger")
         assert status == 200, body
-        return [
-            kind for cache in body["ledgers"] if cache["kind"] == "cache" for kind in cache["arena"]
-        ]
+        caches = [one for one in body["ledgers"] if one["kind"] == "cache"]
+        return [kind for cache in caches for kind in cache["arena"].values()]
 
     def wait_idle(self, within_s: float = 5.0) -> dict[str, dict[str, Any]]:
         """Wait until no TE holds live blocks; the balanced ledgers."""
