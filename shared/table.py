@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final, NoReturn, TypeVar
 
 import nats.errors
 import nats.js.errors
@@ -149,6 +149,19 @@ def heed_cancellation() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+async def keep_read(
+    read: Callable[[], Awaitable[None]], again: asyncio.Event, every_s: float
+) -> NoReturn:
+    """Read tables for ever: every `every_s` seconds, and as soon as `again` is set, which this clears."""
+    while True:
+        with contextlib.suppress(TimeoutError):  # the usual case: nothing called for it earlier
+            async with asyncio.timeout(every_s):
+                await again.wait()
+        again.clear()
+        await read()
+        heed_cancellation()
 
 
 @contextlib.contextmanager

@@ -305,7 +305,7 @@ def pic(
     model: Model = "smollm2-135m",
     num: Annotated[int, typer.Option(min=2, help="Prompts.")] = 6,
     passages: Annotated[int, typer.Option(min=1, help="Of 512 tokens, in each prompt.")] = 4,
-    library: Annotated[int, typer.Option(min=1, help="Passages to choose from.")] = 6,
+    corpus: Annotated[int, typer.Option(min=1, help="Passages to choose from.")] = 6,
     threads: Threads = 0,
     seed: Seed = 0,
     json: Json = "",
@@ -315,7 +315,7 @@ def pic(
     from deepflow.bench.pic import bench_pic
     from services.worker.settings import num_cores
 
-    settings = PicSettings(num=num, passages=passages, library=library, seed=seed)
+    settings = PicSettings(num=num, passages=passages, corpus=corpus, seed=seed)
     cache_dir, folder = _open(model)
     try:
         with _progress() as progress:

@@ -1,7 +1,7 @@
 """`bench pic`: position-independent caching on retrieval-style prompts: how much sooner the first token comes, and what
 the predictions lose.
 
-A prompt is passages of a library in a shuffled order, then a question that quotes one of them; the answer is how that
+A prompt is passages of a corpus in a shuffled order, then a question that quotes one of them; the answer is how that
 passage goes on. Time: an engine that has seen every passage before, but never this prompt. Loss: logits over the answer
 (teacher-forced) beside those of the full prefill, which recomputing whole chunks must give bit for bit. This module
 must not know how a decoder computes.
@@ -52,17 +52,17 @@ BARS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """`passages` of `library` different ones are in each of `num` prompts."""
+    """`passages` of `corpus` different ones are in each of `num` prompts."""
 
     num: int = 6
     passages: int = 4
-    library: int = 6
+    corpus: int = 6
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`prompt` ends with what the question quotes; `chunks` are the places of `passages` (of the library) in it."""
+    """`prompt` ends with what the question quotes; `chunks` are the places of `passages` (of the corpus) in it."""
 
     prompt: list[int]
     chunks: list[list[int]]
@@ -73,29 +73,29 @@ class Question:
 def questions(
     tokenizer: Tokenizer, text: str, settings: Settings
 ) -> tuple[list[list[int]], list[Question]]:
-    """The library's passages and the questions about them. Raises InvalidRequest if the text is too short."""
+    """The corpus's passages and the questions about them. Raises InvalidRequest if the text is too short."""
     ids = tokenizer.encode(text)
     random = Random(settings.seed)
     num_passages = len(ids) // CHUNK
-    if not settings.passages <= settings.library <= num_passages:
-        raise InvalidRequest(f"the library has from {settings.passages} to {num_passages} passages")
-    starts = random.sample(range(num_passages), settings.library)
-    library = [ids[start * CHUNK : (start + 1) * CHUNK] for start in starts]
+    if not settings.passages <= settings.corpus <= num_passages:
+        raise InvalidRequest(f"the corpus has from {settings.passages} to {num_passages} passages")
+    starts = random.sample(range(num_passages), settings.corpus)
+    corpus = [ids[start * CHUNK : (start + 1) * CHUNK] for start in starts]
     intro = tokenizer.encode("", special=True) + tokenizer.encode(_INTRO)
     question = tokenizer.encode(_QUESTION)
     asked = []
     for _ in range(settings.num):
-        chosen = random.sample(range(settings.library), settings.passages)
+        chosen = random.sample(range(settings.corpus), settings.passages)
         prompt, chunks = intro.copy(), []
         for passage in chosen:
             chunks.append([len(prompt), len(prompt) + CHUNK])
-            prompt += library[passage]
-        quoted = library[random.choice(chosen)]
+            prompt += corpus[passage]
+        quoted = corpus[random.choice(chosen)]
         at = random.randrange(CHUNK - _QUOTE - _ANSWER)
         prompt += question + quoted[at : at + _QUOTE]
         answer = quoted[at + _QUOTE : at + _QUOTE + _ANSWER]
         asked.append(Question(prompt, chunks, chosen, answer))
-    return library, asked
+    return corpus, asked
 
 
 def bench_pic(
@@ -104,14 +104,14 @@ def bench_pic(
     """Measure both for each of `RECOMPUTED`. Raises DeepFlowError if the model cannot be loaded, or cannot splice."""
     described = machine.describe("numpy")
     tokenizer = Tokenizer.load(model.path)
-    library, asked = questions(tokenizer, PROSE.read_text(encoding="utf-8"), settings)
+    corpus, asked = questions(tokenizer, PROSE.read_text(encoding="utf-8"), settings)
     if len(asked[0].prompt) + _ANSWER > model.context:
         raise InvalidRequest(f"the prompts are longer than the model's {model.context} tokens")
     decoder = load_decoder(
         model.path, device="cpu", dtype="w8a8", threads=threads, cache_dir=cache_dir
     )
-    losses, most = _losses(decoder, library, asked, progress)
-    metrics = _times(decoder, library, asked, progress)
+    losses, most = _losses(decoder, corpus, asked, progress)
+    metrics = _times(decoder, corpus, asked, progress)
     for recomputed, tally in losses.items():
         found = tally.metrics()
         metrics |= {
@@ -130,7 +130,7 @@ def bench_pic(
             "prompt_tokens": len(asked[0].prompt),
             "chunk": CHUNK,
             "passages": settings.passages,
-            "library": settings.library,
+            "corpus": settings.corpus,
             "prompts": settings.num,
             "answer_tokens": _ANSWER,
             "seed": settings.seed,
@@ -150,11 +150,11 @@ def bench_pic(
 
 
 def _times(
-    decoder: Decoder, library: list[list[int]], asked: list[Question], progress: Progress
+    decoder: Decoder, corpus: list[list[int]], asked: list[Question], progress: Progress
 ) -> dict[str, float]:
     """Medians over the questions; a ratio is to the full prefill, measured in turns with it."""
     task = progress.add_task("time to first token", total=len(RECOMPUTED))
-    num_blocks = 2 * (len(asked) * len(asked[0].prompt) + len(library) * CHUNK) // _PAGE
+    num_blocks = 2 * (len(asked) * len(asked[0].prompt) + len(corpus) * CHUNK) // _PAGE
     metrics: dict[str, float] = {}
     all_full: list[float] = []
     for recomputed in RECOMPUTED:
@@ -169,7 +169,7 @@ def _times(
             raise InvalidRequest(f"{decoder.description}: cannot take over chunks")
         new, *others = asked
         new_s = _first_token_s(engine, "new", new.prompt, new.chunks)
-        for number, passage in enumerate(library):
+        for number, passage in enumerate(corpus):
             _first_token_s(engine, f"passage-{number}", passage, [])
         full, taken = [], []
         for number, one in enumerate(others):
@@ -206,15 +206,15 @@ def _first_token_s(
 
 
 def _losses(
-    decoder: Decoder, library: list[list[int]], asked: list[Question], progress: Progress
+    decoder: Decoder, corpus: list[list[int]], asked: list[Question], progress: Progress
 ) -> tuple[dict[int, Tally], float]:
     """By number of tokens recomputed; and the largest difference of a logit where all of them are."""
     pages = CHUNK // _PAGE
     most_pages = -(-(len(asked[0].prompt) + _ANSWER) // _PAGE)
-    decoder.allocate(most_pages + len(library) * pages, _PAGE)
+    decoder.allocate(most_pages + len(corpus) * pages, _PAGE)
     table = range(most_pages)
     sources = []
-    for number, passage in enumerate(library):
+    for number, passage in enumerate(corpus):
         first = most_pages + number * pages
         sources.append(range(first, first + pages))
         _read(decoder, passage, sources[-1], [pic.Piece(0, CHUNK)], [], 1)

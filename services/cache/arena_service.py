@@ -19,6 +19,7 @@ from services.cache.leases import Asked, Leases
 from services.cache.populate import Broker
 from services.cache.settings import CacheSettings
 from shared.arena.place import Place
+from shared.borrower import Borrower
 from shared.bus import Subscription
 from shared.distflow.backend import chosen
 from shared.distflow.flow import DistFlow
@@ -66,7 +67,7 @@ class ArenaService:
         )
         self.host = Host(settings, place, service.id, self._announce)
         self.leases = Leases(self.host, self._flow, max_bytes=settings.lease_bytes)
-        self.exchange = Exchange(service.bus, self._flow, service.id)
+        self.exchange = Exchange(Borrower(service.bus, self._flow, service.id))
         self.broker = Broker(
             name=service.id,
             host=self.host,

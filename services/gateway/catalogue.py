@@ -20,7 +20,7 @@ from shared.bus import Bus
 from shared.errors import DeepFlowError, ModelNotFound, Unavailable
 from shared.log import Logger
 from shared.messages import ModelEntry
-from shared.table import heed_cancellation
+from shared.table import keep_read
 from shared.text.tokenizer import Tokenizer
 
 REFRESH_S: Final = 3.0
@@ -64,7 +64,7 @@ class Catalogue:
         """Read once, then keep up with the table as long as the TaskGroup lives."""
         await self.refresh()
         self._bus.on_reconnect(self._again.set)
-        tasks.create_task(self._keep_up(), name="catalogue")
+        tasks.create_task(keep_read(self.refresh, self._again, REFRESH_S), name="catalogue")
 
     def models(self) -> list[Model]:
         """Every model that can be served, by name."""
@@ -139,17 +139,6 @@ class Catalogue:
         self._models[entry.name] = model
         self._on_model(model.folder, model.version)
         self._log.info("model_ready", model=entry.name)
-
-    async def _keep_up(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(REFRESH_S):
-                    await self._again.wait()
-            except TimeoutError:
-                pass
-            self._again.clear()
-            await self.refresh()
-            heed_cancellation()
 
 
 def open_text(cache_dir: Path, entry: ModelEntry) -> Model:

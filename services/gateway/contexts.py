@@ -26,7 +26,7 @@ from shared.errors import DeepFlowError, InvalidRequest, TooLarge
 from shared.log import Logger
 from shared.messages import ContextCache
 from shared.rtc_messages import Free
-from shared.table import heed_cancellation
+from shared.table import keep_read
 
 REFRESH_S: Final = 3.0
 MAX_BYTES: Final = 2 * 1024 * 1024  # of one entry; the bus carries no less than 4 MiB
@@ -68,7 +68,7 @@ class Contexts:
         """Read once, then keep up with the table as long as the TaskGroup lives."""
         await self.refresh()
         self._bus.on_reconnect(self._again.set)
-        tasks.create_task(self._keep_up(), name="contexts")
+        tasks.create_task(keep_read(self.refresh, self._again, REFRESH_S), name="contexts")
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -285,17 +285,6 @@ class Contexts:
             more_requests, more_tokens = self._used.pop(id_, (0, 0))
             if more_requests > requests:  # used again while it was written
                 self._used[id_] = (more_requests - requests, more_tokens - tokens)
-
-    async def _keep_up(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(REFRESH_S):
-                    await self._again.wait()
-            except TimeoutError:
-                pass
-            self._again.clear()
-            await self.refresh()
-            heed_cancellation()
 
 
 def check_size(num_tokens: int, num_common: int, page: int, *, public: bool, field: str) -> None:

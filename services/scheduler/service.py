@@ -31,7 +31,7 @@ from shared.messages import (
 )
 from shared.service import Service
 from shared.subjects import QUEUE_SCHEDULER
-from shared.table import heed_cancellation
+from shared.table import keep_read
 
 _TICK_S = 0.25
 _REFRESH_S = 5.0
@@ -124,7 +124,8 @@ class Scheduler:
             limit=service.settings.max_in_flight,
         )
         service.tasks.create_task(self._tick_loop(), name="tick")
-        service.tasks.create_task(self._refresh_loop(), name="refresh")
+        reading = keep_read(self._refresh, self._refresh_now, _REFRESH_S)
+        service.tasks.create_task(reading, name="refresh")
         service.status(self._status)
         service.on_drain(lambda: self._leave(intake))
         service.beat(self._beat)
@@ -185,17 +186,6 @@ class Scheduler:
                 self._service.log.warning("client_lost", client=client)
                 self._executor.on_client_lost(client)
             await self._executor.tick()
-
-    async def _refresh_loop(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(_REFRESH_S):
-                    await self._refresh_now.wait()
-            except TimeoutError:
-                pass  # the usual case: nothing called for it earlier
-            self._refresh_now.clear()
-            await self._refresh()
-            heed_cancellation()
 
     async def _refresh(self) -> None:
         """Reads both tables; without them the last view stands, and beats keep the JE going."""

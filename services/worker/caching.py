@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from services.worker.flowserve.outcome import Want
     from services.worker.flowserve.rtc.executor import Load
     from services.worker.loop import EngineLoop, Report
-    from services.worker.peers import Pages
     from services.worker.settings import TeSettings
+    from shared.borrower import Pages
     from shared.messages import Handover, Task
     from shared.rtc_messages import Slot
     from shared.service import Service

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
-from dataclasses import replace
 from functools import partial
 from itertools import count, takewhile
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from shared.distflow.region import Piece
-from shared.errors import DeepFlowError, InvalidRequest, NotFound, Overloaded, Unavailable
+from shared.borrower import Borrower, Pages
+from shared.errors import InvalidRequest, NotFound, Overloaded
 from shared.rtc_messages import (
     Leased,
     LeaseRelease,
@@ -31,20 +29,14 @@ from shared.rtc_messages import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    import numpy.typing as npt
-
     from services.worker.flowserve.decoder import View
     from services.worker.flowserve.engine import Engine
     from services.worker.loop import EngineLoop
     from shared.bus import Bus
     from shared.distflow.flow import DistFlow
-    from shared.distflow.link import Link
     from shared.distflow.region import Region
 
-    Pages = npt.NDArray[np.uint8]
     Asked = LinkRequest | LeaseRequest | LeaseRelease
-
-M = TypeVar("M", LinkOffer, Leased, LeaseReleased)
 
 LEASE_S: Final = 5.0  # how long a peer may take to read one chunk
 _CHUNK_BYTES: Final = 64 << 20  # of pages that are read at once, and then given to the device
@@ -52,7 +44,6 @@ _NUM_READS: Final = (
     2  # chunks on the way at a time: that times the above is what they take of the host
 )
 _NUM_STAGED: Final = 4  # copies of chunks for others to read
-_MAX_LINKS: Final = 64  # kept open; the one unused for the longest is closed first
 
 
 class Peers:
@@ -72,8 +63,7 @@ class Peers:
         self._staged: dict[str, Region] = {}  # copies of pages of such a device, by lease
         self._num_staged = 0  # of these, with those that are being made
         self._numbers = count(1)
-        self._links: OrderedDict[str, Link] = OrderedDict()  # by peer, the longest unused first
-        self._linking: dict[str, asyncio.Lock] = {}
+        self._borrower = Borrower(bus, flow, te)
         self._reads = asyncio.Semaphore(_NUM_READS)
         self.num_leases = 0  # reads granted so far
 
@@ -166,90 +156,22 @@ class Peers:
         an array [pages, bytes]. Leave the block once they are where they belong: they take this host's memory.
         `lease`: one that holds them there already, which this does not end.
 
-        Raises LinkError, TransferError, NotFound if it has none, and what the bus raises.
+        Raises as `Borrower.read`.
         """
         async with self._reads:
             num_pages = max(1, _CHUNK_BYTES // self._page_bytes)
-            yield await self._read(peer, hashes[:num_pages], timeout_s, lease)
-
-    async def _read(self, peer: str, hashes: list[bytes], timeout_s: float, named: str) -> Pages:
-        link = await self._link(peer, timeout_s)
-        request = LeaseRequest(
-            by=self._te, model=self._model, recipe=self._recipe, hashes=hashes, lease=named
-        )
-        leased = await self._ask(peer, request, Leased, timeout_s)
-        try:
-            pages = await self._transfer(link, leased, leased.offsets[: len(hashes)], timeout_s)
-        except BaseException:
-            if leased.lease != named:
-                await self.release(peer, leased.lease)
-            raise
-        if leased.lease == named:  # does it still hold? Raises NotFound
-            await self._ask(peer, replace(request, hashes=[]), Leased, timeout_s)
-            return pages
-        released = await self._ask(peer, LeaseRelease(lease=leased.lease), LeaseReleased, timeout_s)
-        if not released.valid:
-            raise Unavailable(f"{peer} did not hold the pages long enough")
-        return pages
-
-    async def _transfer(
-        self, link: Link, leased: Leased, offsets: list[int], timeout_s: float
-    ) -> Pages:
-        size = self._page_bytes
-        if leased.page_bytes != size:
-            raise InvalidRequest(f"{link.peer} has pages of {leased.page_bytes} bytes")
-        if not offsets:
-            raise NotFound(f"{link.peer} has none of these pages")
-        pages = np.empty((len(offsets), size), np.uint8)
-        pieces = [
-            Piece(leased.region, leased.generation, offset, size, into=page.data)
-            for page, offset in zip(pages, offsets, strict=True)
-        ]
-        ticket = self._flow.transfer(link, pieces, timeout_s=timeout_s)
-        try:
-            # Shielded: who is cancelled here must not end the future under the hands of those who fill it.
-            await asyncio.shield(asyncio.wrap_future(ticket.future))
-        finally:
-            ticket.cancel()  # nothing, once it is done
-        return pages
+            ask = LeaseRequest(
+                by=self._te,
+                model=self._model,
+                recipe=self._recipe,
+                hashes=hashes[:num_pages],
+                lease=lease,
+            )
+            yield (await self._borrower.read(peer, ask, self._page_bytes, timeout_s)).pages
 
     async def release(self, peer: str, lease: str) -> None:
-        """Tell `peer` that what it leased is not wanted any more. If that is lost, the lease runs out."""
-        with contextlib.suppress(DeepFlowError):
-            await self._bus.publish(self._bus.subjects.link(peer), LeaseRelease(lease=lease))
-
-    async def _link(self, peer: str, timeout_s: float) -> Link:
-        """The link to `peer`: the one there is, or a new one."""
-        async with self._linking.setdefault(peer, asyncio.Lock()):
-            link = self._links.pop(peer, None)
-            if link is None or not link.alive:
-                try:
-                    offer = await self._ask(peer, LinkRequest(by=self._te), LinkOffer, timeout_s)
-                    link = await self._open(offer, timeout_s)
-                except BaseException:
-                    self._linking.pop(peer, None)  # it may never be heard of again
-                    raise
-            self._links[peer] = link
-        while len(self._links) > _MAX_LINKS:
-            oldest, link = self._links.popitem(last=False)
-            self._linking.pop(oldest, None)
-            link.close()
-        return self._links[peer]
-
-    async def _open(self, offer: LinkOffer, timeout_s: float) -> Link:
-        opening = asyncio.get_running_loop().run_in_executor(
-            None, partial(self._flow.link, offer, timeout_s=timeout_s)
-        )
-        try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(_close)
-            raise
-
-    async def _ask(self, peer: str, asked: Asked, kind: type[M], timeout_s: float) -> M:
-        return await self._bus.request(
-            self._bus.subjects.link(peer), asked, kind, timeout_s=timeout_s
-        )
+        """Tell `peer` that what it leased is not wanted any more."""
+        await self._borrower.give_back(peer, lease)
 
 
 def _hold(asked: LeaseRequest, engine: Engine) -> tuple[str, list[int]]:
@@ -264,12 +186,6 @@ def _hold(asked: LeaseRequest, engine: Engine) -> tuple[str, list[int]]:
     if lease is None:
         raise NotFound("none of these pages is here, or too much is leased already")
     return lease.id, lease.blocks
-
-
-def _close(opening: asyncio.Future[Link]) -> None:
-    """Nobody waited for this link any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
 
 
 def _resolve(done: asyncio.Future[Pages], pages: Pages) -> None:

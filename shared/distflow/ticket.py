@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final
 
@@ -75,10 +74,6 @@ class Ticket:
             self.future.set_result(self.num_bytes)
         else:
             self.future.set_exception(self._error)
-
-    def when_done(self, call: Callable[[], None]) -> None:
-        """Call it once the ticket has ended, in whichever thread ends it."""
-        self.future.add_done_callback(lambda _: call())
 
     def _fail(self, error: TransferError) -> None:
         with self._lock:

@@ -29,15 +29,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_questions_are_about_passages_in_their_prompts(cache: Path) -> None:
-    """Each chunk is a passage of the library, and what is quoted and answered stands in one of them."""
+    """Each chunk is a passage of the corpus, and what is quoted and answered stands in one of them."""
     tokenizer = Tokenizer.load(catalog.models_dir(cache) / NAME)
     text = PROSE.read_text(encoding="utf-8")[:40_000]
-    library, asked = questions(tokenizer, text, Settings(num=5, passages=2, library=4))
-    assert len(library) == 4
+    corpus, asked = questions(tokenizer, text, Settings(num=5, passages=2, corpus=4))
+    assert len(corpus) == 4
     assert len(asked) == 5
     for one in asked:
         chunks = [one.prompt[start:stop] for start, stop in one.chunks]
-        assert chunks == [library[passage] for passage in one.passages]
+        assert chunks == [corpus[passage] for passage in one.passages]
         assert len({len(chunk) for chunk in chunks}) == 1
         told = one.prompt[-32:] + one.answer
         assert any(
@@ -45,7 +45,7 @@ def test_questions_are_about_passages_in_their_prompts(cache: Path) -> None:
         )
     assert len({tuple(one.passages) for one in asked}) > 1
     with pytest.raises(InvalidRequest):
-        questions(tokenizer, text, Settings(library=10_000))
+        questions(tokenizer, text, Settings(corpus=10_000))
 
 
 @pytest.mark.skipif(native_decoder.available() is not None, reason="no native kernels")
@@ -55,7 +55,7 @@ def test_the_report_has_times_and_losses_for_each_number_of_tokens(cache: Path) 
         report = bench_pic(
             catalog.open_model(cache, NAME),
             cache,
-            Settings(num=2, passages=2, library=2),
+            Settings(num=2, passages=2, corpus=2),
             threads=1,
             progress=progress,
         )

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import orjson
 
 from deepflow.cli import ports
@@ -107,6 +108,7 @@ class Cluster:
             num_tes = num_workers if not pd else sum(int(c) for c in pd if c.isdigit())
             async with cluster.listening():
                 await cluster.wait_tes(num_tes * num_hosts)
+                await cluster._wait_gateway()
                 yield cluster
         finally:
             await asyncio.shield(cluster._close(arenas))
@@ -196,6 +198,18 @@ class Cluster:
         while sum(beat.id != without for beat in self.tes()) < num:
             _check(give_up, f"{num} TEs")
             await asyncio.sleep(_POLL_S)
+
+    async def _wait_gateway(self) -> None:
+        """Until it serves. Raises Unavailable."""
+        give_up = time.monotonic() + _START_S
+        async with aiohttp.ClientSession() as session:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(f"{self.url}/ready") as answer:
+                        if answer.status == 200:
+                            return
+                _check(give_up, "the gateway")
+                await asyncio.sleep(_POLL_S)
 
     async def kill_server(self) -> None:
         """kill -9 of the TE that holds most pages; where there are several hosts, with its pod host, so that nobody

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ from deepflow.bench import machine
 from deepflow.bench.report import Report
 from deepflow.bench.rtc import index, transport
 from deepflow.bench.rtc.plan import BARS, Plan
-from deepflow.bench.rtc.trace import BLOCK, Tiers, read, replay
+from deepflow.bench.rtc.trace import BLOCK, Call, Tiers, read, replay
 
 # Blocks of 512 tokens: of a small, a middling and a large TE, with a host tier eight times as large.
 TIERS: Final = tuple(Tiers(device, 8 * device) for device in (250, 1000, 4000))
@@ -30,8 +31,7 @@ def bench_rtc(plan: Plan, seed: int, trace: Path | None, progress: Progress) -> 
         "distflow": lambda: transport.distflow(plan),
     }
     for tiers in TIERS if calls else ():
-        label = f"{tiers.device}"
-        parts[f"trace {label}"] = lambda t=tiers, n=label: replay(calls, t).metrics(n)  # type: ignore[misc]
+        parts[f"trace {tiers.device}"] = partial(_replay, calls, tiers)
     metrics: dict[str, float] = {}
     bar = progress.add_task("bench rtc", total=len(parts))
     for name, part in parts.items():
@@ -52,3 +52,7 @@ def bench_rtc(plan: Plan, seed: int, trace: Path | None, progress: Progress) -> 
         bars=BARS,
         notes=notes,
     )
+
+
+def _replay(calls: list[Call], tiers: Tiers) -> dict[str, float]:
+    return replay(calls, tiers).metrics(f"{tiers.device}")
