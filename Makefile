@@ -20,17 +20,13 @@ setup: ## .venv with all that DeepFlow needs
 run: setup ## start the platform (ARGS="--workers 2"); Ctrl-C stops it
 	@exec $(BIN)/deepflow up $(ARGS)
 
-# The first ring computes, in a process for each of two cores; the second one waits for other processes more than it computes. Of the third,
-# platforms of a test's own may run side by side; the one that the others share wants the machine for itself.
-test: setup ## every test, ring by ring
-	@for ring in $(RINGS); do \
-		echo "== $$ring: $$(sed -n "s/^  \"$$ring: \(.*\)\",\$$/\1/p" pyproject.toml)"; \
-		case $$ring in \
-			core) $(PYTEST) -m core $(SPREAD) -n 2;; \
-			service) $(PYTEST) -m service $(SPREAD) -n 3;; \
-			*) $(PYTEST) -m "$$ring and apart" $(SPREAD) -n 3 && $(PYTEST) -m "$$ring and not apart";; \
-		esac || exit 1; \
-	done
+# The first ring computes, the second one waits for other processes: together they use two cores best. Of the third, platforms of a test's own
+# may run side by side; the one that the others share wants the machine for itself.
+test: setup ## every test of the three rings
+	@for ring in $(RINGS); do echo "$$ring: $$(sed -n "s/^  \"$$ring: \(.*\)\",\$$/\1/p" pyproject.toml)"; done
+	$(PYTEST) -m "core or service" $(SPREAD) -n 3
+	$(PYTEST) -m "system and apart" $(SPREAD) -n 3
+	$(PYTEST) -m "system and not apart"
 
 check: setup ## format, lint, types, import contracts, core ring
 	$(BIN)/ruff format --check .

@@ -65,5 +65,5 @@ QUICK: Final = Plan(
     overload_output_len=(2, 6),
     num_kills=1,
     num_kill_streams=2,
-    kill_output_len=512,  # still under way when a TE is killed, however small the model
+    kill_output_len=1500,  # still under way when a TE is killed, however small the model
 )
