@@ -8,7 +8,7 @@ Instance names (`te`, `client`, `je`, ...) contain the boot id of the process, s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 # --------------------------------------------------------------------------------------------- answers to a request
 
@@ -77,6 +77,15 @@ class Keep:
     ttl_ms: int
 
 
+class Band(IntEnum):
+    """Priority bands, most urgent first. A band is served before the next one; inside it tenants share fairly."""
+
+    PRIORITY = 0
+    DEFAULT = 1
+    FLEX = 2  # somebody waits, but not impatiently
+    BATCH = 3  # nobody waits: fills idle capacity, and yields within one step
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt to be continued. Sent by a gateway; sent again with the next `attempt` after a loss.
@@ -105,6 +114,7 @@ class Request:
     keep: Keep | None = None
     # Position-independent caching: ranges [start, stop) of prompt tokens that may be taken from elsewhere (EPIC).
     chunks: list[list[int]] = field(default_factory=list)
+    band: Band = Band.DEFAULT
 
 
 class TaskKind(StrEnum):
@@ -145,6 +155,7 @@ class Task:
     kind: TaskKind
     request: Request
     handover: Handover | None = None  # of a decode task
+    expected_output: int = 0  # tokens of one choice, as the JE predicts them; 0: it cannot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +194,8 @@ class TaskEnded:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    first_token_ms: int = -1  # from the TE's answer to the first token; -1: there was none
+    total_ms: int = 0  # from the TE's answer to the end
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
@@ -282,6 +295,12 @@ class TeBeat:
     waiting: int = 0
     free_slots: int = 0
     outstanding_s: float = 0.0
+    outstanding_batch_s: float = 0.0  # the part of it that yields to everybody else (band BATCH)
+    waiting_tokens: int = 0  # known to its sequences and not computed yet, band BATCH apart
+    prefill_us: float = 0.0  # measured, per token; 0: not yet
+    decode_us: float = (
+        0.0  # measured, per token of a sequence in a batch like the present one; 0: not yet
+    )
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0

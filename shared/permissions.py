@@ -17,8 +17,8 @@ _INBOXES: Final = {"worker": _WORKER_PARTS}
 
 # kind -> (tables it writes, tables it only reads)
 _TABLES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "gateway": (("registrations", "keys", "caches"), ("models",)),
-    "scheduler": (("registrations",), ("models",)),
+    "gateway": (("registrations", "keys", "caches", "jobs", "files"), ("models",)),
+    "scheduler": (("registrations", "jobs", "files", "predictors"), ("models",)),
     "worker": (("models", "registrations"), ()),
     "cache": (("registrations",), ("models",)),
     "operator": ((), ("models", "registrations")),
@@ -50,6 +50,8 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.task(every),
             on.cancel(every),
             on.rtc("free"),
+            on.job(every),
+            *_queue(on.work_queue(), takes=False),
             on.beat("gateway", every),
             asked,
         ),
@@ -59,6 +61,9 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.cancel(every),
             on.rtc("match"),
             on.blocks_dump(every),
+            on.line(),
+            on.job(every),
+            *_queue(on.work_queue(), takes=True),
             on.beat("scheduler", every),
         ),
         "worker": (
@@ -79,7 +84,7 @@ def permissions(kind: str, realm: str) -> Permissions:
         "operator": (asked,),
     }
     subscribe: dict[str, tuple[str, ...]] = {
-        "gateway": (on.prompt(every), on.tokens(every), *pulse, asked),
+        "gateway": (on.prompt(every), on.tokens(every), on.line(), *pulse, asked),
         "scheduler": (
             on.request(every),
             on.events(every),
@@ -123,6 +128,22 @@ def permissions(kind: str, realm: str) -> Permissions:
             *(f"_INBOX.{inbox}.>" for inbox in _INBOXES.get(kind, (kind,))),
         ),
         answers=-1 if kind == "gateway" else 1,
+    )
+
+
+def _queue(stream: str, *, takes: bool) -> tuple[str, ...]:
+    """JetStream's own subjects for opening the work queue, and for taking and settling what is in it."""
+    api = "$JS.API"
+    opening = (f"{api}.STREAM.CREATE.{stream}", f"{api}.STREAM.INFO.{stream}")
+    if not takes:
+        return opening
+    return (
+        *opening,
+        f"{api}.CONSUMER.CREATE.{stream}.>",
+        f"{api}.CONSUMER.DURABLE.CREATE.{stream}.*",
+        f"{api}.CONSUMER.INFO.{stream}.*",
+        f"{api}.CONSUMER.MSG.NEXT.{stream}.*",
+        f"$JS.ACK.{stream}.>",
     )
 
 

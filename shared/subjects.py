@@ -14,7 +14,16 @@ VERSION: Final = "v1"
 QUEUE_GATEWAY: Final = "gateway"
 QUEUE_SCHEDULER: Final = "scheduler"
 QUEUE_CACHE: Final = "cache"
-TABLES: Final = ("models", "registrations", "leases", "keys", "caches", "jobs")
+TABLES: Final = (
+    "models",
+    "registrations",
+    "leases",
+    "keys",
+    "caches",
+    "jobs",
+    "files",
+    "predictors",
+)
 
 _PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _ENCODED: Final = re.compile(r"(?:[A-Za-z0-9_-]|=[0-9A-F]{2})+")
@@ -56,7 +65,8 @@ class Subjects:
         return self._join("request", model)
 
     def task(self, te: str) -> str:
-        """JE -> TE: `Task` -> `Accepted | Failure`; gateway -> TE: `Replay` -> `Replayed | Failure`."""
+        """JE -> TE: `Task` -> `Accepted | Failure`; gateway -> TE: `Replay` -> `Replayed | Failure`;
+        JE -> pod: `Training` -> `Accepted | Failure`."""
         return self._join("task", te)
 
     def tokens(self, client: str) -> str:
@@ -64,7 +74,7 @@ class Subjects:
         return self._join("tokens", client)
 
     def events(self, je: str) -> str:
-        """TE -> JE: `TaskEnded`, `Prefilled`."""
+        """TE -> JE: `TaskEnded`, `Prefilled`; pod -> JE: `TrainingEnded`."""
         return self._join("events", je)
 
     def cancel(self, te: str) -> str:
@@ -100,6 +110,18 @@ class Subjects:
         """TE, cache -> TE, cache, request-reply: `LinkRequest` -> `LinkOffer`, `LeaseRequest` -> `Leased`,
         `LeaseRelease` -> `LeaseReleased`."""
         return self._join("link", instance)
+
+    def line(self) -> str:
+        """JE -> gateways (queue group `gateway`), request-reply: `Line` -> `LineDone | Failure`."""
+        return self._join("line")
+
+    def job(self, kind: str) -> str:
+        """Gateway, JE -> JEs, kept in the work queue until one of them is done with it: `JobCall`."""
+        return self._join("job", kind)
+
+    def work_queue(self) -> str:
+        """The name of the JetStream stream that holds the jobs (not a subject)."""
+        return f"{encode(self.realm)}-work".replace("=", "_")
 
     def status(self, kind: str, instance: str) -> str:
         """Anyone -> one instance (or `all`, `all`), request-reply: `StatusQuery` -> `StatusReply`."""

@@ -12,7 +12,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, Final, TypeVar
 
 import msgpack  # type: ignore[import-untyped]
@@ -165,8 +165,9 @@ def _codec(hint: Any) -> tuple[Encoder | None, Decoder]:
         return _list(arguments[0])
     if origin is dict:
         return _dict(*arguments)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return str, _enum(hint)
+    if isinstance(hint, type) and issubclass(hint, StrEnum | IntEnum):
+        plain = str if issubclass(hint, StrEnum) else int
+        return plain, _enum(hint, plain)
     if dataclasses.is_dataclass(hint):
         plan = _plan(typing.cast("type[Any]", hint))
         return plan.to_map, plan.from_map
@@ -255,9 +256,11 @@ def _dict(key: Any, value: Any) -> tuple[Encoder | None, Decoder]:
     return (None if encode_value is None else write), read
 
 
-def _enum(kind: type[StrEnum]) -> Decoder:
-    def read(value: Any, where: str) -> StrEnum:
+def _enum(kind: type[Any], plain: type) -> Decoder:
+    def read(value: Any, where: str) -> Any:
         try:
+            if type(value) is not plain:
+                raise ValueError
             return kind(value)
         except ValueError as error:
             raise WireError(f"{where}: {_short(value)} is none of {[*kind]}") from error

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import msgpack
@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import messages, rtc_messages, wire
+from shared import job_messages, messages, rtc_messages, wire
 
 MESSAGES = [
     kind
-    for module in (messages, rtc_messages)
+    for module in (messages, rtc_messages, job_messages)
     for _, kind in inspect.getmembers(module, inspect.isclass)
     if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
 ]
@@ -42,7 +42,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(arguments[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
-    if issubclass(hint, StrEnum):
+    if issubclass(hint, StrEnum | IntEnum):
         return st.sampled_from(list(hint))
     return instances(hint)
 
