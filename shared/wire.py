@@ -12,7 +12,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import Any, Final, TypeVar
 
 import msgpack  # type: ignore[import-untyped]
@@ -256,7 +256,7 @@ def _dict(key: Any, value: Any) -> tuple[Encoder | None, Decoder]:
     return (None if encode_value is None else write), read
 
 
-def _enum(kind: type[Any], plain: type) -> Decoder:
+def _enum(kind: type[Enum], plain: type) -> Decoder:
     def read(value: Any, where: str) -> Any:
         try:
             if type(value) is not plain:
