@@ -1,9 +1,9 @@
-"""The bus: everything DeepFlow says to NATS, in a few verbs over typed messages. Only this and `table` import nats.
+"""The bus: everything DeepFlow says to NATS, in a few verbs over typed messages. Imports nats, as `table` and `queue`.
 
-Core NATS carries the interactive path, KV buckets the tables (`table`). Subscriptions use callbacks, because a nats-py
-callback costs a third of its iterator; callbacks of one subscription run one after another, so a listener's handler is
-synchronous and hands off, and each served request gets a task of its own. Messages are at most once: whoever needs
-more carries sequence numbers. This module must not know any message's meaning.
+Core NATS carries the interactive path, KV buckets the tables (`table`), a stream the jobs (`queue`). Subscriptions
+use callbacks, because a nats-py callback costs a third of its iterator; callbacks of one subscription run one after
+another, so a listener's handler is synchronous and hands off, and each served request gets a task of its own. Messages
+are at most once: whoever needs more carries sequence numbers. This module must not know any message's meaning.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from typing import Any, Final, TypeVar, cast
 
 import nats
 import nats.errors
-import nats.js.errors
 import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js import JetStreamContext
 
 from shared import errors, log, wire
 from shared.config import BusSettings
 from shared.messages import Failure
+from shared.queue import LEASE_S, WorkQueue
 from shared.subjects import Subjects
 from shared.table import Table
 
-__all__ = ["Bus", "BusSettings", "RawMessage", "Subscription", "Table"]
+__all__ = ["Bus", "BusSettings", "RawMessage", "Subscription", "Table", "WorkQueue"]
 
 M = TypeVar("M")
 MIN_PAYLOAD: Final = 4 * 1024 * 1024  # 128k token ids with their hashes, and room
 MIN_VERSION: Final = (2, 11)
 _PENDING_BYTES: Final = 64 * 1024 * 1024  # what publishes may pile up while the server is away
 _CONNECT_S: Final = 30.0
-_TABLE_S: Final = 10.0
+_STORED_S: Final = 10.0
 # JSON about who sent a message that crossed from one account to another.
 _REQUEST_INFO: Final = "Nats-Request-Info"
 
@@ -417,7 +418,7 @@ class Bus:
         except errors.DeepFlowError as error:
             self._log.warning("reply_lost", error=error.message)
 
-    # ----------------------------------------------------------------------------------------------------- tables
+    # ------------------------------------------------------------------------------------------ tables and the queue
 
     async def table(self, name: str) -> Table:
         """The table of that name, created when missing.
@@ -425,22 +426,27 @@ class Bus:
         Raises Unavailable if the bus is away, or JetStream does not come up.
         """
         bucket = self.subjects.table(name)
+        return await self._stored(f"table {name}", lambda js: Table.open(js, bucket))
+
+    async def work_queue(self, lease_s: float = LEASE_S) -> WorkQueue:
+        """The queue of jobs that nobody waits on, created when missing. Raises as `table` does."""
+        return await self._stored(
+            "work queue", lambda js: WorkQueue.open(js, self.subjects, lease_s)
+        )
+
+    async def _stored(self, what: str, open_: Callable[[JetStreamContext], Awaitable[M]]) -> M:
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + _TABLE_S
+        give_up = loop.time() + _STORED_S
         jetstream = self._client.jetstream(timeout=2)
         while True:
             if not self.connected:  # nobody shall wait for it while draining
-                raise errors.Unavailable(f"table {name}: the bus is away")
+                raise errors.Unavailable(f"{what}: the bus is away")
             try:
-                try:
-                    found = await jetstream.key_value(bucket)
-                except nats.js.errors.BucketNotFoundError:
-                    found = await jetstream.create_key_value(bucket=bucket, history=1)
-                return Table(jetstream, bucket, found)
+                return await open_(jetstream)
             except nats.errors.Error as error:
                 # Two services may create it at once, and JetStream is ready some time after the port.
                 if loop.time() > give_up:
-                    raise errors.Unavailable(f"table {name}: {error!r}") from error
+                    raise errors.Unavailable(f"{what}: {error!r}") from error
                 await asyncio.sleep(0.1)
 
 

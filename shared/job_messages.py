@@ -38,7 +38,8 @@ class JobRow:
     """Bucket `jobs`, key = id. Times are seconds since the epoch: the row outlives every process.
 
     `arguments` and `result` are JSON whose form is the kind's. `stamps` says when each status was reached. `attempt`
-    counts owners: what an older one still writes is refused. Progress is `num_done` and `num_failed` of `num_total`.
+    counts owners: what an older one still writes is refused; `num_lost` counts those that never gave the job back.
+    Progress is `num_done` and `num_failed` of `num_total`.
     """
 
     id: str
@@ -50,6 +51,7 @@ class JobRow:
     arguments: str
     attempt: int = 0
     owner: str = ""
+    num_lost: int = 0
     num_total: int = 0
     num_done: int = 0
     num_failed: int = 0
@@ -72,11 +74,46 @@ class FileRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """`line`, JE -> any gateway: one line of a batch, as if its tenant had posted `body` (JSON) to `endpoint`.
+class BatchArguments:
+    """`JobRow.arguments` of a batch. `output_ttl_s` is how long its files are kept; 0: until they are deleted."""
 
-    Answered with `LineDone` whatever the outcome, in the HTTP shape; a `Failure` says that nobody tried. `key` makes
-    it idempotent where the gateway still knows it.
+    input_file: str
+    endpoint: str
+    window: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    output_ttl_s: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineError:
+    """What is wrong with a line of a batch's input, counted from 1; with the file itself if there is no line."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchResult:
+    """`JobRow.result` of a batch: its files once they are there, or why its input was refused."""
+
+    output_file: str = ""
+    error_file: str = ""
+    model: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    errors: list[LineError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """`line.<gateway>`, JE -> gateway: one line of a batch, as if its tenant had posted `body` (JSON) to `endpoint`.
+
+    Answered with `LineDone` whatever the outcome, in the HTTP shape; a `Failure` says that nobody tried, or, with
+    deadline_exceeded, that it is not done yet: ask again. `key` makes it idempotent: a gateway that has the line in
+    hand, or just had, does not run it again; one that nobody asks for any more is dropped.
     """
 
     key: str
@@ -95,6 +132,7 @@ class LineDone:
     body: str
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,3 +167,17 @@ class PredictorEntry:
     created: int
     table: bytes
     report: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthRecord:
+    """One line of recorded traffic, and of what `Training` of kind `predictor` is given: how long an answer was.
+
+    `features` are hashes, as a length table numbers them; `output_tokens` those of one choice.
+    """
+
+    kind: str
+    prompt_tokens: int
+    max_tokens: int
+    output_tokens: int
+    features: list[int]

@@ -155,7 +155,7 @@ class Task:
     kind: TaskKind
     request: Request
     handover: Handover | None = None  # of a decode task
-    expected_output: int = 0  # tokens of one choice, as the JE predicts them; 0: it cannot
+    expected_output: int = 0  # tokens a choice is predicted to bring yet; 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +301,9 @@ class TeBeat:
     decode_us: float = (
         0.0  # measured, per token of a sequence in a batch like the present one; 0: not yet
     )
+    decode_row_us: float = (
+        0.0  # by which one more sequence lengthens a decode step; 0: not yet measured
+    )
     blocks_total: int = 0
     blocks_used: int = 0
     blocks_cached: int = 0
@@ -325,7 +328,8 @@ class Down:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusQuery:
-    """`status.<kind>.<id>` or `status.all.all`: verb `status`, `ledger`, or `log_level` (with `argument`)."""
+    """`status.<kind>.<id>`, `status.<kind>.all` or `status.all.all`: verb `status`, `ledger`, or `log_level` (with
+    `argument`); of JEs also `placement` (of the request that `argument` names)."""
 
     verb: str = "status"
     argument: str = ""

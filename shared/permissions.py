@@ -50,7 +50,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.task(every),
             on.cancel(every),
             on.rtc("free"),
-            on.job(every),
+            on.job(every, every),
             *_queue(on.work_queue(), takes=False),
             on.beat("gateway", every),
             asked,
@@ -59,10 +59,9 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.task(every),
             on.tokens(every),
             on.cancel(every),
-            on.rtc("match"),
             on.blocks_dump(every),
-            on.line(),
-            on.job(every),
+            on.line(every),
+            on.job(every, every),
             *_queue(on.work_queue(), takes=True),
             on.beat("scheduler", every),
         ),
@@ -84,7 +83,7 @@ def permissions(kind: str, realm: str) -> Permissions:
         "operator": (asked,),
     }
     subscribe: dict[str, tuple[str, ...]] = {
-        "gateway": (on.prompt(every), on.tokens(every), on.line(), *pulse, asked),
+        "gateway": (on.prompt(every), on.tokens(every), on.line(every), *pulse, asked),
         "scheduler": (
             on.request(every),
             on.events(every),

@@ -59,6 +59,7 @@ class Service(Generic[S]):
         self._make_beat: Callable[[], Beat | TeBeat] | None = None
         self._make_status: Callable[[], dict[str, Any]] = dict
         self._ledger: Callable[[], dict[str, Any]] | None = None
+        self._verbs: dict[str, Callable[[str], dict[str, Any]]] = {}
         self._drain_steps: list[Callable[[], Awaitable[None]]] = []
         self.metrics.ready = lambda: self.is_ready
         for name, text, read in (
@@ -92,6 +93,10 @@ class Service(Generic[S]):
         """What the service tells about itself (verb `status`) and about the memory it holds (`ledger`)."""
         self._make_status = make
         self._ledger = ledger
+
+    def verb(self, name: str, answer: Callable[[str], dict[str, Any]]) -> None:
+        """Another verb that a status query may ask with, beside those of every service; `answer` gets its argument."""
+        self._verbs[name] = answer
 
     def on_drain(self, step: Callable[[], Awaitable[None]]) -> None:
         """Await `step` while draining, after the steps registered before it."""
@@ -131,6 +136,8 @@ class Service(Generic[S]):
                 "bus_refused": self.bus.num_refused,
                 **self._make_status(),
             }
+        elif query.verb in self._verbs:
+            body = self._verbs[query.verb](query.argument)
         else:
             raise errors.InvalidRequest("no such verb", param="verb")
         return StatusReply(
@@ -139,7 +146,8 @@ class Service(Generic[S]):
 
     async def _open(self) -> None:
         subjects = self.bus.subjects
-        for subject in (subjects.status(self.kind, self.id), subjects.status("all", "all")):
+        for kind, instance in ((self.kind, self.id), (self.kind, "all"), ("all", "all")):
+            subject = subjects.status(kind, instance)
             await self.bus.serve(subject, (StatusQuery,), self._answer)
         self.tasks.create_task(self._watch_bus(), name="watch-bus")
 

@@ -46,6 +46,14 @@ def decode(token: str) -> str:
     ).decode()
 
 
+def is_token(value: str) -> bool:
+    """Whether `value` can be part of a subject, so that somebody of this name can be asked."""
+    try:
+        return bool(encode(value))
+    except ValueError:
+        return False
+
+
 class Subjects:
     """All subjects of one realm. A method per noun; `"*"` as an argument gives the wildcard."""
 
@@ -111,13 +119,13 @@ class Subjects:
         `LeaseRelease` -> `LeaseReleased`."""
         return self._join("link", instance)
 
-    def line(self) -> str:
-        """JE -> gateways (queue group `gateway`), request-reply: `Line` -> `LineDone | Failure`."""
-        return self._join("line")
+    def line(self, gateway: str) -> str:
+        """JE -> gateway, request-reply: `Line` -> `LineDone | Failure`."""
+        return self._join("line", gateway)
 
-    def job(self, kind: str) -> str:
+    def job(self, kind: str, id_: str) -> str:
         """Gateway, JE -> JEs, kept in the work queue until one of them is done with it: `JobCall`."""
-        return self._join("job", kind)
+        return self._join("job", kind, id_)
 
     def work_queue(self) -> str:
         """The name of the JetStream stream that holds the jobs (not a subject)."""

@@ -40,6 +40,15 @@ class Table:
         self._prefix = prefix
         self._log = log.get(component="table")
 
+    @classmethod
+    async def open(cls, jetstream: JetStreamContext, bucket: str) -> Table:
+        """The table in that bucket, created when missing. Raises what nats does."""
+        try:
+            found = await jetstream.key_value(bucket)
+        except nats.js.errors.BucketNotFoundError:
+            found = await jetstream.create_key_value(bucket=bucket, history=1)
+        return cls(jetstream, bucket, found)
+
     def part(self, name: str) -> Table:
         """A table of its own inside this one's bucket: the same keys there are others, and `all` tells them apart."""
         prefix = f"{self._prefix}{encode(name)}."

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import os
-import signal
-from collections.abc import Awaitable, Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
-import uvloop
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepflow.bench.client import Endpoint
+from deepflow.bench.command import Json, Model, Picture, Seed, Threads, bars, open_model, run
 from deepflow.bench.engine.plan import Compare, Device, Dtype, Kernels
+from deepflow.bench.lengths.cli import lengths
 from deepflow.bench.peers.plan import PEERS
-from deepflow.bench.progress import PullLines
+from deepflow.bench.route.cli import route
 from deepflow.bench.workload import Dataset
 from deepflow.cli.screen import console, fail
-from shared import catalog
-from shared.catalog import ModelFolder
-from shared.config import ConfigError, Settings
-from shared.errors import DeepFlowError, ModelNotFound
+from shared.errors import DeepFlowError
 
 app = typer.Typer(
     help="Measure: every performance claim, re-runnable.",
@@ -33,17 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Standard output belongs to the report.
-_screen = Console(stderr=True, highlight=False, soft_wrap=True)
-
-T = TypeVar("T")
-
-Json = Annotated[
-    str, typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output.")
-]
-Seed = Annotated[int, typer.Option(help="Of prompts and arrivals.")]
-Model = Annotated[str, typer.Option(help="On this machine, or as `deepflow pull` takes it.")]
-Threads = Annotated[int, typer.Option(min=0, help="That compute; 0: one per core.")]
+app.command()(lengths)
+app.command()(route)
 
 
 @app.callback()
@@ -122,8 +104,8 @@ def serve(
         timeout_s=timeout_s,
         api_key=api_key,
     )
-    with _progress() as progress:
-        report = _run(bench_serve(settings, progress))
+    with bars() as progress:
+        report = run(bench_serve(settings, progress))
     report.write(json, console)
     if not report.metrics["num_completed"]:
         fail(f"no request was answered: {'; '.join(report.notes)}")
@@ -140,10 +122,10 @@ def bus(
     from deepflow.bench.bus.bench import bench_bus
     from deepflow.bench.bus.plan import QUICK, Plan
 
-    cache_dir, folder = _open(model)
-    with _progress() as progress:
+    cache_dir, folder = open_model(model)
+    with bars() as progress:
         plan = QUICK if quick else Plan()
-        report = _run(bench_bus(folder, cache_dir, plan, seed, progress))
+        report = run(bench_bus(folder, cache_dir, plan, seed, progress))
     report.write(json, console)
 
 
@@ -212,9 +194,9 @@ def engine(
         max_batched_tokens=max_batched_tokens,
         kv_tokens=0,
     )
-    cache_dir, folder = _open(model)
-    with _progress() as progress:
-        report = _run(bench_engine(folder, cache_dir, settings, plan, seed, progress))
+    cache_dir, folder = open_model(model)
+    with bars() as progress:
+        report = run(bench_engine(folder, cache_dir, settings, plan, seed, progress))
     report.write(json, console)
 
 
@@ -232,9 +214,7 @@ def peers(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what an earlier run measured.")
     ] = False,
-    picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the figures (.png, .svg, .pdf).")
-    ] = None,
+    picture: Picture = None,
     seed: Seed = 0,
     json: Json = "",
 ) -> None:
@@ -248,11 +228,11 @@ def peers(
             check()
     except DeepFlowError as error:
         fail(error.message, 2)
-    cache_dir, folder = _open(model)
+    cache_dir, folder = open_model(model)
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    with _progress() as progress:
+    with bars() as progress:
         if setup_only:
-            _run(set_up(folder, cache_dir, chosen, progress))
+            run(set_up(folder, cache_dir, chosen, progress))
             return
         comparison = bench_peers(
             folder,
@@ -264,7 +244,7 @@ def peers(
             seed=seed,
             fresh=fresh,
         )
-        report = _run(comparison)
+        report = run(comparison)
     if picture is not None:
         draw(report, picture)
     report.write(json, console)
@@ -283,9 +263,9 @@ def quality(
     from deepflow.bench.quality import bench_quality
     from services.worker.settings import num_cores
 
-    cache_dir, folder = _open(model)
+    cache_dir, folder = open_model(model)
     try:
-        with _progress() as progress:
+        with bars() as progress:
             report = bench_quality(
                 folder,
                 cache_dir,
@@ -316,9 +296,9 @@ def pic(
     from services.worker.settings import num_cores
 
     settings = PicSettings(num=num, passages=passages, corpus=corpus, seed=seed)
-    cache_dir, folder = _open(model)
+    cache_dir, folder = open_model(model)
     try:
-        with _progress() as progress:
+        with bars() as progress:
             report = bench_pic(
                 folder, cache_dir, settings, threads=threads or num_cores(), progress=progress
             )
@@ -375,7 +355,7 @@ def rtc(
     from deepflow.bench.rtc.plan import QUICK, Plan
 
     try:
-        with _progress() as progress:
+        with bars() as progress:
             report = bench_rtc(QUICK if quick else Plan(), seed, trace, progress)
     except DeepFlowError as error:
         fail(error.message, 2 if trace is not None else 1)
@@ -392,11 +372,11 @@ def conversation(
     """A long conversation whose executor is killed: its next turn elsewhere, on one host and on another."""
     from deepflow.bench.conversation.bench import Plan, bench_conversation
 
-    cache_dir, folder = _open(model)
+    cache_dir, folder = open_model(model)
     plan = Plan(num_tokens=num_tokens, rounds=rounds)
-    with _progress() as progress:
+    with bars() as progress:
         task = progress.add_task("conversation", total=2 * rounds)
-        report = _run(bench_conversation(folder, cache_dir, plan, lambda: progress.advance(task)))
+        report = run(bench_conversation(folder, cache_dir, plan, lambda: progress.advance(task)))
     report.write(json, console)
 
 
@@ -409,72 +389,3 @@ def _batches(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         fail(f"--batch: {text!r} is no list of numbers above 0", 2)
     return tuple(sorted(sizes))
-
-
-def _open(model: str) -> tuple[Path, ModelFolder]:
-    """The cache of this machine, and the model in it."""
-    try:
-        cache_dir = Settings.load(os.environ).cache_dir.absolute()
-        return cache_dir, _ensure(model, cache_dir)
-    except ConfigError as error:
-        fail(str(error), 2)
-    except DeepFlowError as error:
-        fail(error.message)
-
-
-def _ensure(model: str, cache_dir: Path) -> ModelFolder:
-    """The model, pulled if it is not on this machine yet. Raises DeepFlowError."""
-    try:
-        return catalog.open_model(cache_dir, model)
-    except ModelNotFound:
-        from deepflow.models.pull import pull
-
-        return pull(model, cache_dir, progress=PullLines(_screen))
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """Bars on standard error; where that is no terminal, nothing."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # A bar that is redrawn often would take from what is measured.
-    with Progress(
-        *columns, console=_screen, refresh_per_second=1, disable=not _screen.is_terminal
-    ) as progress:
-        yield progress
-
-
-def _run(bench: Awaitable[T]) -> T:
-    """Run a bench to its end; Ctrl-C and SIGTERM let it clean up."""
-
-    async def run() -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
-        return await bench
-
-    results: list[T] = []
-    failures: list[str] = []
-    try:
-        results.append(uvloop.run(run()))
-    except* DeepFlowError as group:
-        failures += map(str, _leaves(group))
-    except* asyncio.CancelledError:
-        failures.append("interrupted")
-    if not results:
-        fail("; ".join(failures))
-    return results[0]
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error

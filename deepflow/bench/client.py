@@ -7,10 +7,10 @@ know loads or statistics.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import aiohttp
 import orjson
@@ -19,6 +19,8 @@ from deepflow.bench import sse
 from deepflow.bench.sample import Sample
 
 _READ_BYTES = 1 << 18
+# A text, token ids, or the messages of a chat.
+Prompt: TypeAlias = str | Sequence[int] | Sequence[dict[str, str]]
 
 
 class Endpoint(StrEnum):
@@ -62,8 +64,11 @@ class Client:
         ) as session:
             yield cls(session, url, model, endpoint)
 
-    def post(self, prompt: str, output_len: int) -> Any:
-        """The request as an aiohttp context manager: greedy, `output_len` tokens whatever the model says."""
+    def post(self, prompt: Prompt, output_len: int) -> Any:
+        """The request as an aiohttp context manager: greedy, `output_len` tokens whatever the model says.
+
+        Token ids are for completions alone; messages are for chats, text is for both.
+        """
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": output_len,
@@ -73,13 +78,14 @@ class Client:
             "stream_options": {"include_usage": True},
         }
         if self._endpoint is Endpoint.CHAT:
-            body["messages"] = [{"role": "user", "content": prompt}]
+            is_text = isinstance(prompt, str)
+            body["messages"] = [{"role": "user", "content": prompt}] if is_text else prompt
         else:
             body["prompt"] = prompt
         return self._session.post(self._url, data=orjson.dumps(body))
 
     async def complete(
-        self, prompt: str, output_len: int, started: Callable[[], None] | None = None
+        self, prompt: Prompt, output_len: int, started: Callable[[], None] | None = None
     ) -> Sample:
         """Send a prompt and take the whole answer. What goes wrong is in the sample, never raised.
 

@@ -1,21 +1,25 @@
-"""Ways of sending prompts: so many at once, at given times, or for a given time. It must not know what comes back."""
+"""Ways of sending prompts: so many at once, at given times, or for a given time.
+
+It must not know what a prompt is, nor what comes back.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, TypeAlias, TypeVar
 
 from deepflow.bench.sample import Sample
 
-Send = Callable[[str], Awaitable[Sample]]
+P = TypeVar("P")
+Send: TypeAlias = Callable[[P], Awaitable[Sample]]
 _LATE_S: Final = 0.05  # how far behind its schedule a window's sender may fall before it skips
 
 
 async def closed(
-    send: Send,
-    prompts: Sequence[str],
+    send: Send[P],
+    prompts: Sequence[P],
     concurrency: int,
     done: Callable[[Sample], None] = lambda _: None,
 ) -> list[Sample]:
@@ -36,8 +40,8 @@ async def closed(
 
 
 async def scheduled(
-    send: Send,
-    prompts: Sequence[str],
+    send: Send[P],
+    prompts: Sequence[P],
     times_s: Sequence[float],
     concurrency: int | None = None,
     done: Callable[[Sample], None] = lambda _: None,
@@ -48,7 +52,7 @@ async def scheduled(
     loop = asyncio.get_running_loop()
     start_s = loop.time()
 
-    async def sender(prompt: str) -> None:
+    async def sender(prompt: P) -> None:
         async with gate:
             sample = await send(prompt)
         samples.append(sample)
@@ -62,7 +66,7 @@ async def scheduled(
 
 
 async def window(
-    send: Send, prompts: Iterator[str], seconds: float, *, rate: float = 0.0, concurrency: int = 0
+    send: Send[P], prompts: Iterator[P], seconds: float, *, rate: float = 0.0, concurrency: int = 0
 ) -> list[Sample]:
     """Load for so many seconds, evenly at `rate` per second or with `concurrency` under way; what is over by then.
 

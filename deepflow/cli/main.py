@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -204,13 +204,31 @@ def verify(
     command.run(_home(), device.value, quick=quick, target=json)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],  # the benches explain themselves
-    }
-)
+# Commands with options of their own, which they explain themselves.
+_PASSED_ON: Final = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+
+
+@app.command(context_settings=_PASSED_ON)
+def replay(context: typer.Context) -> None:
+    """Replay a trace of requests: against a server, or in the simulator."""
+    from deepflow.replay.cli import app as command
+
+    command(args=context.args, prog_name="deepflow replay")
+
+
+@app.command(context_settings=_PASSED_ON)
+def heatmap(context: typer.Context) -> None:
+    """Measure which requests gain by prefill and decode on two executors."""
+    from deepflow.heatmap.cli import app as command
+
+    command(args=context.args, prog_name="deepflow heatmap")
+
+
+@app.command(context_settings=_PASSED_ON)
 def bench(context: typer.Context) -> None:
     """Measure: every performance claim, re-runnable."""
     from deepflow.bench.cli import app as benches

@@ -1,10 +1,9 @@
 """The directory: who holds which page, in which tier, built from numbered block events. Pure; no bus and no clock.
 
 A holder is a TE (its device, one model) or a cache service (the arena and SSD of its host, many models). Each holder
-has an index of its own per model, page hash -> tiers, fed by events numbered from 1. An event that arrives out of turn
-waits; while one waits, or when a holder is seen for the first time in mid-life, the index is *unsynced* and is to be
-asked for whole (`BlocksDump`). Until that comes its last view stands: the holder itself decides what it really has, so
-a stale answer costs a little time and no correctness (RTC holds soft state, says the paper).
+has an index of its own per model, page hash -> tiers, fed by numbered events (`BlockFeeds`). While an index is
+*unsynced* its last view stands: the holder itself decides what it really has, so a stale answer costs a little time and
+no correctness (RTC holds soft state, says the paper).
 
 Memory is bounded: every page costs `PAGE_BYTES` of one budget. Past it an index that has its fair share or more gets no
 new pages, and one below its share takes the room from the newest pages of the largest. Refusing the newest keeps
@@ -17,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from shared.block_feed import BlockFeeds
 from shared.rtc_messages import BlockEvents, BlocksDump, Holder
 
 TIERS: Final = ("device", "host", "ssd")  # fastest first
 PAGE_BYTES: Final = 200  # a dict slot at its worst load, and a 16-byte hash as an object of its own
-MAX_WAITING_PAGES: Final = 16_384  # of one index, in events that arrived out of turn
 ABSENT: Final = -1  # of a page that a holder does not have, where a tier's rank would stand
 
 _BIT: Final = {tier: 1 << rank for rank, tier in enumerate(TIERS)}
@@ -33,13 +32,9 @@ _FASTEST: Final = tuple(
 
 @dataclass(slots=True)
 class _Index:
-    """One holder's pages of one model. `seq` is the last event applied; `waiting` those that came too early."""
+    """One holder's pages of one model."""
 
-    seq: int = 0
     pages: dict[bytes, int] = field(default_factory=dict)  # hash -> bits of the tiers that hold it
-    waiting: dict[int, BlockEvents] = field(default_factory=dict)
-    num_waiting_pages: int = 0
-    synced: bool = False
     truncated: bool = False  # pages were refused or given up for the budget
 
 
@@ -49,8 +44,8 @@ class Directory:
     def __init__(self, *, max_bytes: int) -> None:
         self.max_pages = max_bytes // PAGE_BYTES
         self.num_pages = 0
-        self.num_gaps = 0
         self.num_refused = 0
+        self.feeds = BlockFeeds()
         self._models: dict[str, dict[str, _Index]] = {}  # model -> holder -> index
         self._hosts: dict[str, str] = {}  # cache service -> the host whose arena it owns
 
@@ -64,20 +59,12 @@ class Directory:
         """Those with an index. Like the next one for the thread of the metrics port as well: it copies, then counts."""
         return len({holder for indexes in list(self._models.values()) for holder in list(indexes)})
 
-    @property
-    def num_unsynced(self) -> int:
-        """Indexes that are to be asked for."""
-        return sum(
-            not index.synced
-            for indexes in list(self._models.values())
-            for index in list(indexes.values())
-        )
-
     # ------------------------------------------------------------------------------------------------------ changes
 
     def seen(self, holder: str, model: str) -> None:
         """A holder beats. One not known yet may hold anything: it is unsynced."""
-        self._models.setdefault(model, {}).setdefault(holder, _Index())
+        self.feeds.seen(holder, model)
+        self._open(holder, model)
 
     def owns(self, cache: str, host: str) -> None:
         """This holder is a cache service, and what it holds is in the arena of `host`."""
@@ -85,68 +72,39 @@ class Directory:
 
     def apply(self, events: BlockEvents) -> None:
         """Takes in an event: at once if it is next, later if it is early, never if it is old."""
-        index = self._index(events.te, events.model)
-        if index is None:
-            # From its first event on nothing is missing; anything later needs a dump first.
-            index = _Index(synced=events.seq == 1)
-            self._models.setdefault(events.model, {})[events.te] = index
-        if events.seq <= index.seq:
-            return
-        if events.seq != index.seq + 1:
-            self._wait(index, events)
-            return
-        self._change(index, events)
-        self._catch_up(index)
+        index = self._open(events.te, events.model)
+        for event in self.feeds.take(events):
+            self._change(index, event)
 
     def load(self, dump: BlocksDump) -> None:
         """Takes in a whole index. One older than what was applied already says nothing new."""
-        index = self._index(dump.te, dump.model)
-        if index is None:
-            index = _Index()
-            self._models.setdefault(dump.model, {})[dump.te] = index
-        if dump.seq < index.seq:
-            index.synced = index.synced or not index.waiting
+        index = self._open(dump.te, dump.model)
+        later = self.feeds.load(dump)
+        if later is None:
             return
         self.num_pages -= len(index.pages)
         index.pages.clear()
         index.truncated = False
-        index.seq, index.synced = dump.seq, True
         self._store(index, dump.hashes, dump.tier)
         self._store(index, dump.ssd, "ssd")
-        for seq in [seq for seq in index.waiting if seq <= dump.seq]:
-            self._drop_waiting(index, seq)
-        self._catch_up(index)
+        for event in later:
+            self._change(index, event)
 
     def remove(self, holder: str) -> bool:
         """The holder is gone, and its pages with it. True if it was known."""
         self._hosts.pop(holder, None)
-        known = False
+        if not self.feeds.remove(holder):
+            return False
         for model, indexes in list(self._models.items()):
             index = indexes.pop(holder, None)
             if index is not None:
-                known = True
                 self.num_pages -= len(index.pages)
             if not indexes:
                 del self._models[model]
-        if known:
-            self._reclaim_room()
-        return known
-
-    def doubt(self) -> None:
-        """Events may have been lost unseen (the bus was away): ask everybody again."""
-        for index in self._all():
-            index.synced = False
+        self._reclaim_room()
+        return True
 
     # --------------------------------------------------------------------------------------------------- questions
-
-    def unsynced(self) -> list[tuple[str, str]]:
-        """(holder, model) of the indexes that are to be asked for."""
-        return [
-            (holder, model)
-            for model, indexes in self._models.items()
-            for holder, index in indexes.items()
-            if not index.synced
-        ]
 
     def holders(self) -> dict[str, int]:
         """Pages by holder, over all its models."""
@@ -190,11 +148,10 @@ class Directory:
         """Raises AssertionError if the account does not balance or a bound is passed. For tests and `status`."""
         assert self.num_pages == sum(len(index.pages) for index in self._all())
         assert self.num_pages <= self.max_pages
-        for index in self._all():
-            waiting = sum(_num_hashes(events) for events in index.waiting.values())
-            assert waiting == index.num_waiting_pages <= MAX_WAITING_PAGES
-            assert not (index.synced and index.waiting)
-            assert all(seq > index.seq + 1 for seq in index.waiting)
+        self.feeds.check()
+
+    def _open(self, holder: str, model: str) -> _Index:
+        return self._models.setdefault(model, {}).setdefault(holder, _Index())
 
     def _index(self, holder: str, model: str) -> _Index | None:
         return self._models.get(model, {}).get(holder)
@@ -203,38 +160,9 @@ class Directory:
         for indexes in self._models.values():
             yield from indexes.values()
 
-    # ------------------------------------------------------------------------------------------------------ sequence
-
-    def _wait(self, index: _Index, events: BlockEvents) -> None:
-        if index.synced:
-            self.num_gaps += 1
-        index.synced = False
-        if events.seq in index.waiting:
-            return
-        cost = _num_hashes(events)
-        if index.num_waiting_pages + cost > MAX_WAITING_PAGES:
-            # A dump that comes now would be followed by a gap again, and by the next dump: nothing is lost for good.
-            index.waiting.clear()
-            index.num_waiting_pages = 0
-            return
-        index.waiting[events.seq] = events
-        index.num_waiting_pages += cost
-
-    def _catch_up(self, index: _Index) -> None:
-        """Applies the waiting events whose turn it is; synced once none is left."""
-        while (events := index.waiting.get(index.seq + 1)) is not None:
-            self._drop_waiting(index, events.seq)
-            self._change(index, events)
-        if index.waiting:
-            index.synced = False
-
-    def _drop_waiting(self, index: _Index, seq: int) -> None:
-        index.num_waiting_pages -= _num_hashes(index.waiting.pop(seq))
-
     # ---------------------------------------------------------------------------------------------------------- pages
 
     def _change(self, index: _Index, events: BlockEvents) -> None:
-        index.seq = events.seq
         bit = _BIT.get(events.tier, 0)
         for page in events.removed:
             left = index.pages.get(page, 0) & ~bit
@@ -271,11 +199,7 @@ class Directory:
 
     def _reclaim_room(self) -> None:
         """There is room again: those who went without are asked for everything once more."""
-        for index in self._all():
-            if index.truncated:
-                index.synced = False
-
-
-def _num_hashes(events: BlockEvents) -> int:
-    """What an event costs while it waits; one without pages still costs something."""
-    return 1 + len(events.stored) + len(events.removed)
+        for model, indexes in self._models.items():
+            for holder, index in indexes.items():
+                if index.truncated:
+                    self.feeds.doubt(holder, model)

@@ -29,8 +29,8 @@ class Meters(Collector):
         yield _gauge("entries", "Pages in all indexes.", directory.num_pages)
         yield _gauge("bytes", "What they cost.", directory.num_bytes)
         yield _gauge("tes", "Holders of pages: TEs and arenas.", directory.num_holders)
-        yield _gauge("unsynced", "Indexes that are to be asked for.", directory.num_unsynced)
-        yield _count("gaps", "Gaps in the numbers of events so far.", directory.num_gaps)
+        yield _gauge("unsynced", "Indexes that are to be asked for.", directory.feeds.num_unsynced)
+        yield _count("gaps", "Gaps in the numbers of events so far.", directory.feeds.num_gaps)
         yield _count("refused", "Pages the budget left out so far.", directory.num_refused)
         yield _gauge("arena_owned", "Whether this service owns its host's arena.", bool(arena))
         if arena is not None:

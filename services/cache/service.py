@@ -9,7 +9,6 @@ know how events become an index (`directory.py`).
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from typing import Any, Final
 
@@ -18,17 +17,16 @@ from services.cache.directory import Directory
 from services.cache.meters import Meters
 from services.cache.settings import CacheSettings
 from shared.arena.place import ArenaError, Place
-from shared.errors import DeepFlowError, Internal, Unavailable
+from shared.dumps import Dumps, request_dump
+from shared.errors import Unavailable
 from shared.liveness import Liveness
 from shared.messages import Beat, Down, TeBeat
-from shared.rtc_messages import BlockEvents, BlocksDump, BlocksQuery, Match, Matched
+from shared.rtc_messages import BlockEvents, BlocksDump, Match, Matched
 from shared.service import REST_BEAT_S, Service
-from shared.subjects import QUEUE_CACHE, encode
+from shared.subjects import QUEUE_CACHE, is_token
 
 _TICK_S: Final = 0.25
 _WARM_S: Final = 3.0  # a TE that does not answer must not keep a replica out for longer
-_RETRY_S: Final = 1.0  # before the same TE is asked again
-_NUM_ASKED: Final = 4  # at once: dumps are megabytes
 _OWN_S: Final = 1.0  # between attempts to own the arena
 
 
@@ -39,14 +37,20 @@ class Cache:
         self._service = service
         self._directory = Directory(max_bytes=service.settings.index_bytes)
         self._holders = Liveness()  # TEs, and the cache services that own an arena
-        self._asking = asyncio.Semaphore(_NUM_ASKED)
         self._arena: ArenaService | None = None  # of this host, if it is ours
         self._arena_fault = ""
-        self._ask_after: dict[tuple[str, str], float] = {}  # (holder, model) -> not before
         metrics = service.metrics
         self._events = metrics.counter("deepflow_cache_events_total", "Block events heard.")
-        self._dumps = metrics.counter(
-            "deepflow_cache_dumps_total", "Whole indexes asked for.", ["outcome"]
+        self._dumps = Dumps(
+            self._directory.feeds,
+            ask=self._ask,
+            load=self._directory.load,
+            alive=self._known,
+            tasks=service.tasks,
+            log=service.log,
+            outcomes=metrics.counter(
+                "deepflow_cache_dumps_total", "Whole indexes asked for.", ["outcome"]
+            ),
         )
         self._matches = metrics.counter(
             "deepflow_cache_matches_total", "Questions answered.", ["outcome"]
@@ -70,19 +74,12 @@ class Cache:
             service.tasks.create_task(self._own_loop(tried), name="arena")
             await tried.wait()
         service.beat(self._beat)
-        await self._warm_up()
+        await asyncio.sleep(1.5 * REST_BEAT_S)  # whoever lives has beaten by then
+        await self._dumps.warm_up(_WARM_S)
         service.tasks.create_task(self._tick_loop(), name="tick")
         intake = await bus.serve(subjects.rtc("match"), (Match,), self._match, queue=QUEUE_CACHE)
         service.on_drain(intake.drain)
         service.ready()
-
-    async def _warm_up(self) -> None:
-        await asyncio.sleep(1.5 * REST_BEAT_S)  # whoever lives has beaten by then
-        try:
-            async with asyncio.timeout(_WARM_S):
-                await asyncio.gather(*(self._ask(*index) for index in self._directory.unsynced()))
-        except TimeoutError:
-            self._service.log.warning("warm_up_cut_short", unsynced=self._directory.unsynced())
 
     # ------------------------------------------------------------------------------------------------------- the arena
 
@@ -128,7 +125,7 @@ class Cache:
             self._directory.apply(events)
 
     def _on_te(self, beat: TeBeat) -> None:
-        if beat.state == "loading" or not _is_token(beat.id):
+        if beat.state == "loading" or not is_token(beat.id):
             return  # it has nothing yet and answers nobody; or nobody could ask it
         # Progress is not judged: a hung TE still holds its pages, and its pod host declares it dead.
         self._holders.beat(beat.id, time.monotonic())
@@ -138,7 +135,7 @@ class Cache:
             self._arena.broker.heard(beat.id, told("peer_bytes", 0.0), told("peer_us", 0.0) / 1e6)
 
     def _on_cache(self, beat: Beat) -> None:
-        if not beat.host or beat.id == self._service.id or not _is_token(beat.id):
+        if not beat.host or beat.id == self._service.id or not is_token(beat.id):
             return  # it has no pages of its own; or they are ours, and need no telling; or nobody could ask it
         self._holders.beat(beat.id, time.monotonic())
         self._directory.owns(beat.id, beat.host)
@@ -152,12 +149,11 @@ class Cache:
 
     def _on_reconnect(self) -> None:
         self._holders.resume(time.monotonic())
-        self._directory.doubt()
+        self._directory.feeds.doubt()
 
     def _gone(self, holder: str) -> None:
         """A holder is dead: what it had is not to be had any more, and what it was lent comes back."""
-        for index in [index for index in self._ask_after if index[0] == holder]:
-            del self._ask_after[index]
+        self._dumps.gone(holder)
         if self._directory.remove(holder):
             self._service.log.info("index_removed", te=holder)
         if self._arena is not None:
@@ -175,46 +171,15 @@ class Cache:
             await asyncio.sleep(_TICK_S)
             for holder in self._holders.lost(time.monotonic()):
                 self._gone(holder)
-            self._catch_up()
+            self._dumps.catch_up()
 
-    def _catch_up(self) -> None:
-        """Asks for every index that is unsynced, unless it was asked for a moment ago."""
-        now = time.monotonic()
-        for holder, model in self._directory.unsynced():
-            if self._ask_after.get((holder, model), 0.0) <= now:
-                self._ask_after[holder, model] = math.inf  # until this one has been answered
-                self._service.tasks.create_task(self._ask(holder, model), name=f"ask-{holder}")
-
-    async def _ask(self, holder: str, model: str) -> None:
-        """One whole index; events that come meanwhile wait in the directory."""
-        try:
-            async with self._asking:
-                dump = await self._dump(holder, model)
-        except DeepFlowError as error:
-            self._dumps.labels(error.code).inc()
-            self._service.log.warning("dump_failed", te=holder, error=error.message)
-        else:
-            if self._known(holder):
-                self._dumps.labels("loaded").inc()
-                self._directory.load(dump)
-                pages = len(dump.hashes) + len(dump.ssd)
-                self._service.log.info("dump_loaded", te=holder, pages=pages, seq=dump.seq)
-        if self._known(holder):
-            self._ask_after[holder, model] = time.monotonic() + _RETRY_S
-
-    async def _dump(self, holder: str, model: str) -> BlocksDump:
-        if holder == self._service.id and self._arena is not None:
+    async def _ask(self, holder: str, model: str) -> BlocksDump:
+        service = self._service
+        if holder == service.id and self._arena is not None:
             return await self._arena.host.dump(model)
-        bus, settings = self._service.bus, self._service.settings
-        dump = await bus.request(
-            bus.subjects.blocks_dump(holder),
-            BlocksQuery(by=self._service.id, model=model),
-            BlocksDump,
-            timeout_s=settings.dump_timeout_s,
+        return await request_dump(
+            service.bus, holder, model, by=service.id, timeout_s=service.settings.dump_timeout_s
         )
-        if (dump.te, dump.model) != (holder, model):
-            raise Internal("the index of another holder or model came")
-        return dump
 
     def _known(self, holder: str) -> bool:
         return holder == self._service.id or self._holders.alive(holder)
@@ -237,10 +202,10 @@ class Cache:
         return {
             "pages": self._directory.num_pages,
             "bytes": self._directory.num_bytes,
-            "gaps": self._directory.num_gaps,
+            "gaps": self._directory.feeds.num_gaps,
             "refused": self._directory.num_refused,
             "tes": self._directory.holders(),
-            "unsynced": sorted({holder for holder, _ in self._directory.unsynced()}),
+            "unsynced": sorted({holder for holder, _ in self._directory.feeds.unsynced()}),
             "arena": None if self._arena is None else self._arena.status(now),
             "arena_fault": self._arena_fault,
         }
@@ -252,14 +217,6 @@ class Cache:
             "max_pages": self._directory.max_pages,
             **({} if self._arena is None else self._arena.ledger()),
         }
-
-
-def _is_token(name: str) -> bool:
-    """Whether it can be part of a subject, so that somebody of this name can be asked."""
-    try:
-        return bool(encode(name))
-    except ValueError:
-        return False
 
 
 async def main(service: Service[CacheSettings]) -> None:

@@ -17,14 +17,19 @@ from services.gateway.context_maker import ContextMaker
 from services.gateway.contexts import Contexts
 from services.gateway.counts import Counts
 from services.gateway.http import middleware
+from services.gateway.job_routes import JobRoutes
+from services.gateway.lines import Lines
 from services.gateway.producers import Producers
 from services.gateway.prompts import Prompts
 from services.gateway.publics import PublicPrefixes
 from services.gateway.routes import Routes
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Streams
+from services.gateway.tenant_batches import TenantBatches
+from services.gateway.tenant_files import TenantFiles
 from shared.errors import Unavailable
 from shared.service import Service
+from shared.store.files import Files
 
 
 async def main(service: Service[GatewaySettings]) -> None:
@@ -39,12 +44,17 @@ async def main(service: Service[GatewaySettings]) -> None:
     calls = Calls(settings, catalogue, prompts, streams, secrets, contexts, counts, log)
     maker = ContextMaker(calls, catalogue, prompts, contexts, secrets)
     producers = Producers(bus, calls, log)
+    files = TenantFiles(Files(settings.store.open(), await bus.table("files")), settings)
+    rows, queue = await bus.table("jobs"), await bus.work_queue()
+    batches = TenantBatches(rows, queue, files, settings)
+    lines = Lines(bus, calls, service.tasks, service.id, settings, log)
 
     app = web.Application(
         middlewares=[middleware(settings, counts, log)], client_max_size=settings.max_body_bytes
     )
     Routes(service, calls, catalogue, prompts).add_to(app)
     CacheRoutes(settings, maker, contexts).add_to(app)
+    JobRoutes(settings, files, batches).add_to(app)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -58,6 +68,7 @@ async def main(service: Service[GatewaySettings]) -> None:
     await contexts.start(service.tasks)
     await prompts.start(service.tasks)
     await producers.start()
+    await lines.start()
     await runner.setup()
     site = web.TCPSite(runner, settings.host, settings.port, backlog=1024, reuse_address=True)
     try:
@@ -71,6 +82,7 @@ async def main(service: Service[GatewaySettings]) -> None:
         return {
             "url": address,
             "in_flight": len(calls),
+            "batch_lines": len(lines),
             "models": [model.name for model in catalogue.models()],
             "refused_models": catalogue.refused(),
         }
@@ -78,6 +90,7 @@ async def main(service: Service[GatewaySettings]) -> None:
     async def drain() -> None:
         calls.draining = True
         await producers.stop()
+        await lines.stop()
         await calls.drain(settings.grace_s)
         await contexts.flush()
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final
 
+from prometheus_client import Histogram
+
 from services.gateway.actions import Emit
 from services.gateway.answer import Answer, Usage
 from services.gateway.auth import TenantSecrets
@@ -32,10 +34,11 @@ from services.gateway.openai.orders import Order, check_model, max_tokens
 from services.gateway.prompts import Prompt, Prompts
 from services.gateway.settings import GatewaySettings
 from services.gateway.streams import Stream, Streams
+from services.gateway.tiers import band_of, tier_of
 from shared.blockhash import extend, root
 from shared.errors import DeadlineExceeded, Overloaded, TooLarge, Unavailable
 from shared.log import Logger
-from shared.messages import ContextCache, Request, Sampling
+from shared.messages import Band, ContextCache, Request, Sampling
 from shared.text.tokenizer import Tokenizer
 
 _SEED_MASK: Final = 2**64 - 1
@@ -45,12 +48,15 @@ _CLOSE_S: Final = 1.0  # for writers to say why, once the grace is over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who calls. `idempotency_key` is empty if none was sent; the ids are for logs."""
+    """Who calls. `idempotency_key` is empty if none was sent; the ids are for logs. `band`: what it comes in, whatever
+    service tier the order names."""
 
     tenant: str
     idempotency_key: str = ""
     request_id: str = ""
     traceparent: str = ""
+    band: Band | None = None
+    deadline_s: float | None = None  # other than the gateway's own
 
 
 class Call:
@@ -63,9 +69,11 @@ class Call:
         model: Model,
         answer: Answer,
         context: ContextCache | None,
+        band: Band,
     ) -> None:
         self.order = order
         self.context = context
+        self.band = band
         self.header = header
         self.answer = answer
         self.tokenizer = model.tokenizer
@@ -91,10 +99,18 @@ class Call:
 class _PromptSink:
     """Where one prompt's tokens go: into its part of the answer, past the clocks."""
 
-    def __init__(self, answer: Answer, offset: int, counts: ModelCounts, start: float) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        offset: int,
+        counts: ModelCounts,
+        band_first_token: Histogram,
+        start: float,
+    ) -> None:
         self._answer = answer
         self._offset = offset
         self._counts = counts
+        self._band_first_token = band_first_token
         self._start = start
         self._latest: dict[int, float] = {}
 
@@ -105,6 +121,7 @@ class _PromptSink:
             self._latest[emit.choice] = now
             if before is None:
                 self._counts.time_to_first_token.observe(now - self._start)
+                self._band_first_token.observe(now - self._start)
             else:
                 self._counts.inter_token_latency.observe((now - before) / len(emit.ids))
         return self._answer.push(self._offset + emit.choice, emit, now)
@@ -145,6 +162,7 @@ class Calls:
         self._log = log
         self._open: set[Call] = set()
         self._num = 0  # also those still being tokenized
+        self._num_batch = 0  # of them, in band BATCH
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -157,13 +175,18 @@ class Calls:
 
         On leaving, however that happens, whatever still runs is cancelled at its TE.
         """
-        self._admit()
+        is_batch = caller.band is Band.BATCH
+        self._admit(is_batch)
         self._num += 1
+        self._num_batch += is_batch
         self._idle.clear()
         start = time.monotonic()
+        deadline_s = caller.deadline_s
+        if deadline_s is None:
+            deadline_s = self._settings.deadline_s
         try:
             with contextlib.ExitStack() as held:
-                async with _deadline(self._settings.deadline_s):
+                async with _deadline(deadline_s):
                     model = await self._catalogue.find(order.model)
                     check_model(order, model.entry.vocab)
                     context = None
@@ -172,22 +195,31 @@ class Calls:
                         order = continued(order, context)
                     root_hash, prompts = await self._pages(order, model, caller)
                 limits = [max_tokens(order, len(p.ids), model.entry.context) for p in prompts]
-                call = self._make(order, model, context, len(prompts), start)
+                band = caller.band
+                if band is None:
+                    tenants = self._settings.priority_tenants
+                    band = band_of(order.service_tier, caller.tenant, tenants)
+                call = self._make(order, model, context, band, len(prompts), start)
                 self._open.add(call)
                 try:
-                    self._send(call, model, prompts, limits, root_hash, caller, start)
+                    spent_s = time.monotonic() - start
+                    budget = Limits(deadline_s=deadline_s - spent_s, park_s=self._settings.park_s)
+                    self._send(call, model, prompts, limits, root_hash, caller, budget, start)
                     yield call
                 finally:
                     self._close(call, model, caller, start)
         finally:
             self._num -= 1
+            self._num_batch -= is_batch
             if not self._num:
                 self._idle.set()
 
-    def _admit(self) -> None:
+    def _admit(self, is_batch: bool) -> None:
+        """Band BATCH has a bound of its own: it never makes another call be refused."""
         if self.draining:
             raise Unavailable("the gateway is stopping", retry_after_s=1.0)
-        if self._num >= self._settings.max_in_flight:
+        bound = self._settings.max_in_flight
+        if self._num >= bound if is_batch else self._num - self._num_batch >= bound:
             raise Overloaded("too many requests are in flight", retry_after_s=1.0)
 
     async def _context(
@@ -249,6 +281,7 @@ class Calls:
         order: Order,
         model: Model,
         context: ContextCache | None,
+        band: Band,
         num_prompts: int,
         start: float,
     ) -> Call:
@@ -277,8 +310,9 @@ class Calls:
             model=model.name,
             created=int(time.time()),
             fingerprint=f"fp_{model.entry.recipe_digest[:10]}",
+            service_tier=order.service_tier and tier_of(band),
         )
-        return Call(order, header, model, answer, context)
+        return Call(order, header, model, answer, context, band)
 
     def _send(
         self,
@@ -288,13 +322,14 @@ class Calls:
         max_tokens_each: list[int],
         root_hash: bytes,
         caller: Caller,
+        budget: Limits,
         start: float,
     ) -> None:
-        order, settings = call.order, self._settings
+        order = call.order
         seed = seed_of(order.seed, caller.tenant, caller.idempotency_key)
-        counts = self._counts.of(model.name)
-        spent_s = time.monotonic() - start
-        budget = Limits(deadline_s=settings.deadline_s - spent_s, park_s=settings.park_s)
+        counts, band = self._counts.of(model.name), call.band.name.lower()
+        first_token = self._counts.band_first_token.labels(band)
+        self._counts.band_requests.labels(band).inc(len(prompts))
         call.answer.usage.prompt = sum(len(prompt.ids) for prompt in prompts)
         for index, (prompt, limit) in enumerate(zip(prompts, max_tokens_each, strict=True)):
             request = Request(
@@ -312,8 +347,9 @@ class Calls:
                 kind="cache" if order.keep else "chat" if order.chat else "completion",
                 keep=order.keep,
                 chunks=prompt.chunks or order.chunks,
+                band=call.band,
             )
-            sink = _PromptSink(call.answer, index * order.n, counts, start)
+            sink = _PromptSink(call.answer, index * order.n, counts, first_token, start)
             call.streams.append(self._streams.open(request, sink, budget))
             counts.prompt_tokens.observe(len(prompt.ids))
 

@@ -58,6 +58,14 @@ class Counts:
             "Finished requests by reason: stop, length, abort (client left), error.",
             [*model, "finished_reason"],
         )
+        self.band_requests = metrics.counter(
+            "deepflow_gateway_requests_total", "Prompts sent, by priority band.", ["band"]
+        )
+        self.band_first_token = metrics.histogram(
+            "deepflow_gateway_time_to_first_token_seconds",
+            "Request read to first token, by priority band.",
+            ["band"],
+        )
         self.resubmissions = metrics.counter(
             "deepflow_gateway_resubmissions_total", "Requests sent again after a loss."
         )

@@ -296,8 +296,8 @@ class Delivery:
             param=failure.param,
             retry_after_s=failure.retry_after_s,
         )
-        if not isinstance(error, RETRIED):
-            return self.fail(error)
+        if not isinstance(error, RETRIED) or isinstance(error, DeadlineExceeded):
+            return self.fail(error)  # what cannot be answered in time there cannot elsewhere
         return self._lost(error, now)
 
     # --------------------------------------------------------------------------------------- gaps, silence, replays

@@ -28,7 +28,7 @@ from services.gateway.openai.tokens import read_detokenize, read_tokenize
 from services.gateway.prompts import Prompts
 from services.gateway.settings import GatewaySettings
 from shared.bus import Bus
-from shared.errors import DeepFlowError, InvalidRequest, Unavailable
+from shared.errors import DeepFlowError, InvalidRequest, NotFound, Unavailable
 from shared.messages import StatusQuery, StatusReply
 from shared.service import Service
 
@@ -66,6 +66,7 @@ class Routes:
         router.add_get("/metrics", self.metrics)
         router.add_get("/debug/status", self.status)
         router.add_get("/debug/kv/ledger", self.ledger)
+        router.add_get("/debug/requests/{id}/placement", self.placement)
 
     # ---------------------------------------------------------------------------------------------------- generation
 
@@ -213,12 +214,31 @@ class Routes:
         replies = await gather(self._service.bus, "ledger")
         return json_response({"ledgers": [reply for reply in replies if len(reply) > 3]})
 
+    async def placement(self, request: web.Request) -> web.Response:
+        """GET /debug/requests/{id}/placement: where the job executors placed a request, why, and what came of it.
 
-async def gather(bus: Bus, verb: str) -> list[dict[str, Any]]:
-    """Every service's answer: its body with `kind`, `id` and `pid`."""
+        `id` is that of the answer (`chatcmpl-...`), for all its prompts, or of one prompt of it.
+        """
+        require_operator(request, self._settings)
+        name = request.match_info["id"]
+        replies = await gather(self._service.bus, "placement", kind="scheduler", argument=name)
+        decisions = [
+            {"je": reply["id"], **decision}
+            for reply in replies
+            for decision in reply.get("decisions", ())
+        ]
+        if not decisions:
+            raise NotFound(f"no job executor remembers a request {name!r}", param="id")
+        return json_response({"id": name, "decisions": decisions})
+
+
+async def gather(
+    bus: Bus, verb: str, *, kind: str = "all", argument: str = ""
+) -> list[dict[str, Any]]:
+    """The answers of all services, or those of one kind: their bodies with `kind`, `id` and `pid`."""
     replies = await bus.gather(
-        bus.subjects.status("all", "all"),
-        StatusQuery(verb=verb),
+        bus.subjects.status(kind, "all"),
+        StatusQuery(verb=verb, argument=argument),
         StatusReply,
         wait_s=STATUS_WAIT_S,
     )

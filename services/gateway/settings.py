@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from services.gateway.auth import Keys, is_loopback
+from services.gateway.auth import LOCAL, OPERATOR, Keys, is_loopback
 from shared.config import ConfigError, Reader, Settings
+from shared.store.settings import StoreSettings
 
 MIB: Final = 1024 * 1024
 
@@ -31,19 +32,29 @@ class GatewaySettings(Settings):
     tokenize_timeout_s: float = 30.0
     num_contexts: int = 64  # explicit context caches of one tenant at once
     context_tokens: int = 131_072  # in all of them together: their pages are not evicted
+    priority_tenants: frozenset[str]  # may ask for the service tier `priority`
+    store: StoreSettings
+    max_file_bytes: int = 200 * MIB
+    max_uploads: int = 16  # at once, of all tenants
+    tenant_files: int = 1000
+    tenant_file_bytes: int = 10 * 1024 * MIB
+    tenant_batches: int = 64  # not yet over
+    max_lines: int = 256  # of batches at once
 
     @classmethod
     def read(cls, reader: Reader) -> dict[str, Any]:
         """Raises ConfigError naming the variable; a reachable address without keys is one."""
         host = reader.text("DEEPFLOW_HOST", "127.0.0.1")
         keys = _keys(reader)
+        priority = reader.text("DEEPFLOW_PRIORITY_TENANTS", f"{LOCAL},{OPERATOR}")
         if not keys and not is_loopback(host):
             raise ConfigError(
                 f"DEEPFLOW_HOST={host} can be reached from other machines: set DEEPFLOW_API_KEYS"
                 " (tenant:key,...) or DEEPFLOW_API_KEYS_FILE"
             )
+        settings = Settings.read(reader)
         return {
-            **Settings.read(reader),
+            **settings,
             "host": host,
             "port": reader.integer("DEEPFLOW_PORT", 8000, 0, 65535),
             "keys": keys,
@@ -61,6 +72,16 @@ class GatewaySettings(Settings):
             ),
             "tokenize_timeout_s": reader.number("DEEPFLOW_TOKENIZE_TIMEOUT_S", 30.0, 0.1, 3600.0),
             "num_contexts": reader.integer("DEEPFLOW_CONTEXTS", 64, 0, 4096),
+            "priority_tenants": frozenset(map(str.strip, priority.split(","))),
+            "store": StoreSettings.read(reader, settings["home_dir"]),
+            "max_file_bytes": reader.integer("DEEPFLOW_FILE_BYTES", 200 * MIB, 1, 2**40),
+            "max_uploads": reader.integer("DEEPFLOW_UPLOADS", 16, 1, 4096),
+            "tenant_files": reader.integer("DEEPFLOW_TENANT_FILES", 1000, 0, 10_000),
+            "tenant_file_bytes": reader.integer(
+                "DEEPFLOW_TENANT_FILE_BYTES", 10 * 1024 * MIB, 0, 2**50
+            ),
+            "tenant_batches": reader.integer("DEEPFLOW_TENANT_BATCHES", 64, 0, 10_000),
+            "max_lines": reader.integer("DEEPFLOW_BATCH_LINES", 256, 1, 65_536),
             "context_tokens": reader.integer("DEEPFLOW_CONTEXT_TOKENS", 131_072, 0, 2**31),
         }
 

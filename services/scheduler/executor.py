@@ -127,7 +127,7 @@ class JobExecutor:
 
     async def _dispatch(self, request: Request, active: Active) -> str | None:
         """Places the first task, split or whole; None if no TE could be reached. Raises as the dispatcher does."""
-        if await self._handovers.worthwhile(request):
+        if self._handovers.worthwhile(request):
             te = await self._handovers.prefill(request, active)
             if te is not None:
                 return te
@@ -213,7 +213,7 @@ class JobExecutor:
 
     def on_ended(self, ended: TaskEnded) -> None:
         """`events.<je>`: a TE is done with a task of ours."""
-        self._registry.ended(ended.te, ended.task)
+        self._handovers.ended(ended)
         active = self._active.get(ended.request)
         if active is None or active.plan.attempt != ended.attempt:
             return

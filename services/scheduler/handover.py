@@ -24,23 +24,19 @@ This module must not know parking, subscriptions, or how a TE is chosen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from services.scheduler.clients import Clients
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.job import JobKind, Plan, State, Task, split
-from services.scheduler.policy import DECODE, PREFILL
-from services.scheduler.registry import Registry
 from shared import log
-from shared.bus import Bus, failure
+from shared.bus import failure
 from shared.errors import DeadlineExceeded, DeepFlowError, Overloaded, Unavailable
-from shared.messages import Cancel, Handover, ModelEntry, Prefilled, Request
+from shared.messages import Cancel, Handover, Prefilled, Request, TaskEnded
 from shared.metrics import Metrics
-from shared.rtc_messages import Match, Matched
 
-MATCH_TIMEOUT_S: Final = 0.1  # whatever nobody answers by then counts as not cached
 MAX_SPLIT_ATTEMPTS: Final = 3  # a request that was lost this often is served in one place
 _KINDS: Final = (JobKind.CHAT, JobKind.COMPLETION)
 
@@ -72,23 +68,15 @@ class Handovers:
 
     def __init__(
         self,
-        bus: Bus,
-        registry: Registry,
         dispatcher: Dispatcher,
         clients: Clients,
         metrics: Metrics,
         *,
         je: str,
-        min_tokens: int,
-        find_model: Callable[[str], Coroutine[Any, Any, ModelEntry | None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._bus = bus
-        self._registry = registry
         self._dispatcher = dispatcher
         self._clients = clients
-        self._min_tokens = min_tokens
-        self._find_model = find_model
         self._clock = clock
         self._log = log.get(service="scheduler", id=je)
         self._outcomes = metrics.counter(
@@ -100,39 +88,14 @@ class Handovers:
 
     # ----------------------------------------------------------------------------------------------------- splitting
 
-    async def worthwhile(self, request: Request) -> bool:
-        """Whether to split it: both roles are up, and there is enough prefill that nobody has done yet."""
-        num_tokens = len(request.prompt) + sum(len(ids) for ids in request.output)
-        if (
-            request.kind not in _KINDS
-            or request.sampling.n != 1
-            or request.attempt > MAX_SPLIT_ATTEMPTS
-            or request.chunks  # spliced pages are no one else's prefix
-            or num_tokens < self._min_tokens
-            or not self._has_pair(request)
-        ):
-            return False
-        return num_tokens - await self._num_cached(request) >= self._min_tokens
-
-    def _has_pair(self, request: Request) -> bool:
-        found = self._registry.candidates(request.model, self._clock(), request.avoid)
-        return {PREFILL, DECODE} <= {candidate.role for candidate in found if not candidate.avoid}
-
-    async def _num_cached(self, request: Request) -> int:
-        """Tokens of the prompt whose KV somebody holds, as far as the directory says so in time."""
-        if not request.hashes:
-            return 0
-        match = Match(model=request.model, hashes=request.hashes)
-        try:
-            matched = await self._bus.request(
-                self._bus.subjects.rtc("match"), match, Matched, timeout_s=MATCH_TIMEOUT_S
-            )
-            entry = await self._find_model(request.model) if matched.holders else None
-        except DeepFlowError as error:
-            self._log.debug("match_failed", request=request.request, error=error.message)
-            return 0
-        num_pages = max((holder.num_pages for holder in matched.holders), default=0)
-        return num_pages * entry.page if entry is not None else 0
+    def worthwhile(self, request: Request) -> bool:
+        """Whether to split it: it can be, it was not lost too often, and the paper's algorithm 1 says so."""
+        return (
+            request.kind in _KINDS
+            and request.attempt <= MAX_SPLIT_ATTEMPTS
+            and not request.chunks  # spliced pages are no one else's prefix
+            and self._dispatcher.is_split(request)
+        )
 
     async def prefill(self, request: Request, active: Active) -> str | None:
         """Has a prefill TE take the first of a pair of tasks; None (and the plan is as before) if none can.
@@ -228,6 +191,10 @@ class Handovers:
         self._outcomes.labels("dropped").inc()
         cancel = Cancel(request=prefilled.request, attempt=prefilled.attempt)
         await self.cancel(prefilled.handover.te, cancel)
+
+    def ended(self, ended: TaskEnded) -> None:
+        """A TE is done with a task."""
+        self._dispatcher.ended(ended)
 
     async def cancel(self, te: str, cancel: Cancel) -> None:
         """Tells a TE to drop a request, as far as the bus is there."""

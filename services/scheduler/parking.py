@@ -1,6 +1,7 @@
-"""The parked requests of a JE: accepted while no TE of their model was up, in order of arrival, within two bounds.
+"""The parked requests of a JE: accepted while no TE of their model was up, within two bounds.
 
-A request leaves the lot exactly once: taken for dispatch, cancelled, orphaned (its client fell silent) or expired.
+They leave for a TE in the order in which it would take them: by band, then by what their tenants got, then by age. A
+request leaves the lot exactly once: taken for dispatch, cancelled, orphaned (its client fell silent) or expired.
 Pure: the clock is passed in, and what is owed to the client (progress, the terminal frame) is the caller's affair.
 """
 
@@ -8,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
+from operator import attrgetter
 from typing import Final
 
 from services.scheduler.job import Plan
 from shared.errors import Overloaded
+from shared.fairness import FairQueue
 from shared.messages import Request
 
 _REQUEST_BYTES: Final = 2048  # a request without its lists, its plan, and what points at it
@@ -25,15 +29,17 @@ def num_bytes(request: Request) -> int:
     return _REQUEST_BYTES + _TOKEN_BYTES * tokens + _HASH_BYTES * len(request.hashes)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Parked:
-    """A request in the lot, or out of it on its way to a TE. Times are readings of the caller's clock."""
+    """A request in the lot, or out of it on its way to a TE. Times are readings of the caller's clock. `number` is its
+    age: it keeps it when it is put back."""
 
     request: Request
     plan: Plan
     since: float
     until: float  # end of the park budget or of the deadline, whichever is nearer
     num_bytes: int
+    number: int
     told: float = float("-inf")  # when the client last heard of it
 
     def remaining(self, now: float) -> Request:
@@ -47,20 +53,23 @@ class Parked:
 
 
 class ParkingLot:
-    """First come, first served per model; bounded by `max_requests` and `max_bytes` (of all models together)."""
+    """A fair queue per model; bounded by `max_requests` and `max_bytes` (of all models together)."""
 
     def __init__(self, *, max_requests: int, max_bytes: int, max_park_s: float) -> None:
         self.max_requests = max_requests
         self.max_bytes = max_bytes
         self.max_park_s = max_park_s
         self.num_bytes = 0
-        self._parked: dict[str, Parked] = {}  # by request id; insertion order is arrival order
+        self._parked: dict[str, Parked] = {}  # by request id
+        self._queues: dict[str, FairQueue[Parked]] = {}  # by model
+        self._numbers = count()
 
     def __len__(self) -> int:
         return len(self._parked)
 
     def __iter__(self) -> Iterator[Parked]:
-        return iter(list(self._parked.values()))
+        """All that are parked, the oldest first."""
+        return iter(sorted(self._parked.values(), key=attrgetter("number")))
 
     def __contains__(self, request: str) -> bool:
         return request in self._parked
@@ -74,50 +83,73 @@ class ParkingLot:
                 retry_after_s=self._retry_after_s(now),
             )
         budget_s = min(request.park_ms / 1000, request.deadline_ms / 1000, self.max_park_s)
-        parked = Parked(request=request, plan=plan, since=now, until=now + budget_s, num_bytes=cost)
+        parked = Parked(
+            request=request,
+            plan=plan,
+            since=now,
+            until=now + budget_s,
+            num_bytes=cost,
+            number=next(self._numbers),
+        )
         self._add(parked)
         return parked
 
     def put_back(self, parked: Parked) -> None:
-        """Back at the head: it was taken for dispatch and no TE had room. Never refused, it was inside already."""
-        others = self._parked
-        self._parked = {}
-        self._add(parked)
-        self._parked |= others
+        """Back in its old place: it was taken for dispatch and no TE had room. Never refused, it was inside already."""
+        self._add(parked, is_new=False)
+        self._queue(parked).share(*_tenant(parked)).served -= len(parked.request.prompt)
 
     def take(self, request: str) -> Parked | None:
         """Removes and returns the parked request, if it is here."""
         parked = self._parked.pop(request, None)
         if parked is not None:
             self.num_bytes -= parked.num_bytes
+            queue = self._queue(parked)
+            queue.remove(queue.share(*_tenant(parked)), parked)
         return parked
 
     def next(self, model: str) -> Parked | None:
-        """Removes and returns the request that has waited longest for `model`."""
-        for parked in self._parked.values():
-            if parked.request.model == model:
-                return self.take(parked.request.request)
-        return None
+        """Removes and returns the request whose turn it is of those for `model`; its tenant's next turn comes later."""
+        queue = self._queues.get(model)
+        first = None if queue is None else queue.first()
+        if queue is None or first is None:
+            return None
+        queue.share(*_tenant(first)).served += len(first.request.prompt)
+        return self.take(first.request.request)
 
     def models(self) -> list[str]:
         """The models somebody waits for, longest wait first."""
-        return list(dict.fromkeys(parked.request.model for parked in self._parked.values()))
+        return list(dict.fromkeys(parked.request.model for parked in self))
 
     def take_client(self, client: str) -> list[Parked]:
         """Removes and returns all requests of a client."""
-        ids = [p.request.request for p in self._parked.values() if p.request.client == client]
+        ids = [p.request.request for p in self if p.request.client == client]
         return [parked for request in ids if (parked := self.take(request))]
 
     def take_expired(self, now: float) -> list[Parked]:
         """Removes and returns the requests whose time here is over."""
-        ids = [p.request.request for p in self._parked.values() if p.until <= now]
+        ids = [p.request.request for p in self if p.until <= now]
         return [parked for request in ids if (parked := self.take(request))]
 
-    def _add(self, parked: Parked) -> None:
+    def _add(self, parked: Parked, *, is_new: bool = True) -> None:
         self._parked[parked.request.request] = parked
         self.num_bytes += parked.num_bytes
+        queue = self._queue(parked)
+        queue.add(queue.share(*_tenant(parked)), parked, is_new=is_new)
+
+    def _queue(self, parked: Parked) -> FairQueue[Parked]:
+        model = parked.request.model
+        if model not in self._queues:
+            for idle in [name for name, queue in self._queues.items() if not queue]:
+                del self._queues[idle]  # no more queues than requests, and one
+            self._queues[model] = FairQueue(lambda parked: (parked.number,))
+        return self._queues[model]
 
     def _retry_after_s(self, now: float) -> float:
         """When the first of those inside must have left, at least a second."""
         ends = [parked.until - now for parked in self._parked.values()]
         return max(1.0, min(ends, default=1.0))
+
+
+def _tenant(parked: Parked) -> tuple[int, str]:
+    return parked.request.band, parked.request.tenant

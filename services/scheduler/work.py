@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shared.length_table import BUCKET_TOKENS
 from shared.messages import Band, Request, TaskKind
 
 
@@ -20,6 +21,12 @@ class Length:
 
     low: int
     mid: int
+
+    def after(self, num_tokens: int) -> Length:
+        """What is left of it once so many tokens have come; of one that is longer than predicted, half a bucket."""
+        if self.mid <= num_tokens:
+            return Length(low=1, mid=BUCKET_TOKENS // 2)
+        return Length(low=max(self.low - num_tokens, 1), mid=self.mid - num_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,17 +1,19 @@
 """What a TE has taken on, and whether it takes more. Pure: the clock is passed in.
 
 The answer to a task is the admission, so it must be known at once and be final: the books are kept here, on the
-shell's side, and the engine cannot refuse what they let in. A bound of so many choices makes refusals cheap and the
-queue finite. This module must not know the bus, the engine or its thread.
+shell's side, and the engine cannot refuse what they let in. Bounds of so many choices make refusals cheap and the queue
+finite. Each band has one, for the choices of this band and the more urgent ones: what is less urgent gives way to a
+task, so it never makes one be refused. This module must not know the bus, the engine or its thread.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from shared.errors import InvalidRequest, Overloaded, Unavailable
-from shared.messages import TaskKind
+from shared.messages import Band, TaskKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 # taken here and known there would be owed an end that never comes.
 REMEMBERED_S: Final = 10.0
 _SERVED: Final = (TaskKind.GENERATE, TaskKind.PREFILL, TaskKind.DECODE)  # by any serving TE
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A task that is owed an end, taken at the time `since`."""
+
+    task: Task
+    since: float
 
 
 class Admission:
@@ -35,18 +45,22 @@ class Admission:
         *,
         model: str,
         max_choices: int,
+        max_batch_choices: int | None = None,
         validate: Callable[[Request], None],
-        retry_after_s: Callable[[], float],
+        retry_after_s: Callable[[Band], float],
     ) -> None:
-        """`max_choices` bounds the choices under way; `validate` raises InvalidRequest for what can never run;
-        `retry_after_s` says when there may be room again."""
+        """`max_choices` bounds the choices under way, `max_batch_choices` those that band BATCH finds and adds to;
+        `validate` raises InvalidRequest for what can never run;
+        `retry_after_s` says when there may be room again for a band."""
         self.model = model
         self.max_choices = max_choices
         self.draining = False
-        self.num_choices = 0
+        self.counters = Counter({_refused(band): 0 for band in Band})  # for want of room
+        self._max_batch_choices = max_choices if max_batch_choices is None else max_batch_choices
+        self._num_choices = [0 for _ in Band]
         self._validate = validate
         self._retry_after_s = retry_after_s
-        self._tasks: dict[tuple[str, int], Task] = {}
+        self._owed: dict[tuple[str, int], Owed] = {}
         self._newest: dict[str, int] = {}  # attempt of each request under way
         self._ended: OrderedDict[tuple[str, int, bool], float] = OrderedDict()  # bool: decode
 
@@ -59,8 +73,8 @@ class Admission:
         request, decodes = task.request, task.kind is TaskKind.DECODE
         key = (request.request, request.attempt)
         self._forget(now)
-        known = self._tasks.get(key)
-        if known is not None and decodes and known.kind is not TaskKind.DECODE:
+        known = self._owed.get(key)
+        if known is not None and decodes and known.task.kind is not TaskKind.DECODE:
             raise InvalidRequest("this attempt is under way as a task of another kind")
         if known is not None or (*key, decodes) in self._ended:
             return False
@@ -75,30 +89,41 @@ class Admission:
             raise Unavailable("the TE is draining")
         self._validate(request)
         # The attempt that this one replaces is over as soon as the engine sees it.
-        older = None if newest is None else self._tasks.get((request.request, newest))
-        others = self.num_choices - (0 if older is None else _num_choices(older.request))
-        if others and others + _num_choices(request) > self.max_choices:
-            raise Overloaded("the TE is full", retry_after_s=self._retry_after_s())
-        self._tasks[key] = task
+        older = None if newest is None else self._owed.get((request.request, newest))
+        others = sum(self._num_choices[: request.band + 1])
+        if older is not None and older.task.request.band <= request.band:
+            others -= _num_choices(older.task.request)
+        is_batch = request.band is Band.BATCH
+        bound = self._max_batch_choices if is_batch else self.max_choices
+        if others and others + _num_choices(request) > bound:
+            self.counters[_refused(request.band)] += 1
+            raise Overloaded("the TE is full", retry_after_s=self._retry_after_s(request.band))
+        self._owed[key] = Owed(task, now)
         self._newest[request.request] = request.attempt
-        self.num_choices += _num_choices(request)
+        self._num_choices[request.band] += _num_choices(request)
         return True
 
-    def ended(self, request: str, attempt: int, now: float) -> Task | None:
-        """(request, attempt) has come to its end: its task, None if it is not owed one."""
-        task = self._tasks.pop((request, attempt), None)
-        if task is None:
+    @property
+    def num_choices(self) -> int:
+        """Choices under way."""
+        return sum(self._num_choices)
+
+    def ended(self, request: str, attempt: int, now: float) -> Owed | None:
+        """(request, attempt) has come to its end: what was owed it, if anything."""
+        owed = self._owed.pop((request, attempt), None)
+        if owed is None:
             return None
-        self.num_choices -= _num_choices(task.request)
+        task = owed.task
+        self._num_choices[task.request.band] -= _num_choices(task.request)
         if self._newest.get(request) == attempt:  # gone if a newer attempt ended first
             del self._newest[request]
         self._forget(now)
         self._ended[(request, attempt, task.kind is TaskKind.DECODE)] = now
-        return task
+        return owed
 
     def tasks(self) -> list[Task]:
         """Every task that is owed an end."""
-        return list(self._tasks.values())
+        return [owed.task for owed in self._owed.values()]
 
     def _forget(self, now: float) -> None:
         while self._ended:
@@ -106,6 +131,10 @@ class Admission:
             if now - when <= REMEMBERED_S:
                 break
             del self._ended[key]
+
+
+def _refused(band: Band) -> str:
+    return f"refused_{band.name.lower()}"
 
 
 def _num_choices(request: Request) -> int:

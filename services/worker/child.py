@@ -82,9 +82,14 @@ def attach(name: str) -> None:
     """The child's end, called in its event loop: tell `name`, and tie our life to the parent's."""
     os.write(sys.stdout.fileno(), f"{name}\n".encode())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is log
+    die_with_parent()
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_if_orphaned)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill us when the parent dies, where it can."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_if_orphaned)
 
 
 def _end_if_orphaned() -> None:

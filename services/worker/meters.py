@@ -9,17 +9,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from services.worker.tally import Tally
+from shared.messages import Band
 
 if TYPE_CHECKING:
     from shared.messages import TeBeat
     from shared.metrics import Metrics
 
 _LABELS: Final = ("model_name", "te")
+_BAND_LABELS: Final = (*_LABELS, "band")
 _BLOCK_LABELS: Final = (*_LABELS, "state")
+_BANDS: Final = frozenset(band.name.lower() for band in Band)
 _STATES: Final = ("live", "cached", "leased", "free")
 _GAUGES: Final = {
     "running": ("vllm:num_requests_running", "Sequences in the batch."),
     "waiting": ("vllm:num_requests_waiting", "Sequences waiting for a place in the batch."),
+    "outstanding": ("deepflow_te_outstanding_seconds", "Predicted work taken on."),
+    "outstanding_batch": (
+        "deepflow_te_outstanding_batch_seconds",
+        "Of it, what yields to all other (band batch).",
+    ),
+    "waiting_tokens": (
+        "deepflow_te_waiting_tokens",
+        "Tokens to compute before their next token can come, band batch apart.",
+    ),
     "kv": ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1."),
 }
 _COUNTERS: Final = {  # by the names in `TeBeat.counters`
@@ -42,6 +54,11 @@ _COUNTERS: Final = {  # by the names in `TeBeat.counters`
     "tokens_taken_over": ("deepflow_kv_tokens_taken_over", "Prompt tokens taken from chunks."),
     "leases": ("deepflow_kv_leases", "Leases on pages given to other TEs."),
     "preemptions": ("vllm:num_preemptions", "Sequences sent back to waiting for want of blocks."),
+    "yields": ("deepflow_te_yields", "Of these, those of band batch that made room for others."),
+}
+_BAND_COUNTERS: Final = {  # likewise, each followed by the band's name
+    "tokens_": ("deepflow_te_band_tokens", "Tokens of ended requests, prompt and output, by band."),
+    "refused_": ("deepflow_te_refusals", "Tasks refused for want of room, by band."),
 }
 
 
@@ -51,6 +68,9 @@ class Meters:
     def __init__(self, metrics: Metrics) -> None:
         self._gauges = {key: metrics.gauge(*names, _LABELS) for key, names in _GAUGES.items()}
         self._counters = {key: metrics.counter(*names, _LABELS) for key, names in _COUNTERS.items()}
+        self._bands = {
+            key: metrics.counter(*names, _BAND_LABELS) for key, names in _BAND_COUNTERS.items()
+        }
         self._blocks = metrics.gauge("deepflow_kv_blocks", "KV blocks by state.", _BLOCK_LABELS)
         self._restarts = metrics.counter(
             "deepflow_te_restarts", "TEs started again after a death.", _LABELS
@@ -61,7 +81,15 @@ class Meters:
         """What the TE in `place` says of itself."""
         labels = (beat.model, place)
         usage = beat.blocks_used / beat.blocks_total if beat.blocks_total else 0.0
-        for key, value in (("running", beat.running), ("waiting", beat.waiting), ("kv", usage)):
+        values = {
+            "running": beat.running,
+            "waiting": beat.waiting,
+            "outstanding": beat.outstanding_s,
+            "outstanding_batch": beat.outstanding_batch_s,
+            "waiting_tokens": beat.waiting_tokens,
+            "kv": usage,
+        }
+        for key, value in values.items():
             self._gauges[key].labels(*labels).set(value)
         held = (
             beat.blocks_used,
@@ -73,6 +101,9 @@ class Meters:
         for key, growth in self._tally.grown(beat.id, beat.counters).items():
             if key in self._counters:
                 self._counters[key].labels(*labels).inc(growth)
+            for prefix, counter in self._bands.items():
+                if key.startswith(prefix) and (band := key.removeprefix(prefix)) in _BANDS:
+                    counter.labels(*labels, band).inc(growth)
 
     def died(self, model: str, place: str, te: str) -> None:
         """The TE `te` in `place` is gone: it runs nothing and holds nothing."""

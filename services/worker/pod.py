@@ -1,8 +1,9 @@
 """The pod host: one per machine or container. It starts Task Executors, watches over them, and says so when one dies.
 
-The rim around `child` (a process), `restarts` (when to try again) and `meters` (what they report). A TE is watched in
-three ways: its process (the death of it is known at once), its beats (silence or no progress is death), and the time
-it takes to load. It must not know what a TE computes, and imports no torch: it is what stays up.
+The rim around `child` (a process), `restarts` (when to try again), `meters` (what they report) and `trainer` (other
+processes, which learn something and end). A TE is watched in three ways: its process (the death of it is known at
+once), its beats (silence or no progress is death), and the time it takes to load. It must not know what a TE computes,
+and imports no torch: it is what stays up.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from services.worker.meters import Meters
 from services.worker.recipe import model_entry, pick_backend, served_context
 from services.worker.registrar import Registrar
 from services.worker.settings import WorkerSettings, for_te
+from services.worker.trainer import Trainer
 from services.worker.visible import present, visible
 from shared.catalog import open_model
 from shared.errors import DeepFlowError
@@ -80,6 +82,7 @@ class Pod:
             for number, role in enumerate(roles)
         ]
         self._keepers: list[asyncio.Task[None]] = []
+        self._trainer = Trainer(service, env)
 
     async def open(self) -> None:
         """Announce the models and start everything. Raises ModelNotFound, ModelError, Unavailable."""
@@ -111,6 +114,7 @@ class Pod:
         for place in self._places:
             name = f"{place.model}/{place.label}"
             self._keepers.append(service.tasks.create_task(self._keep(place), name=name))
+        await self._trainer.open()
 
     # ------------------------------------------------------------------------------------------------ a TE's life
 
@@ -247,6 +251,7 @@ class Pod:
         for place in self._places:
             if place.child is not None:
                 place.child.terminate()
+        await self._trainer.leave()
         _, late = await asyncio.wait(self._keepers, timeout=self._settings.grace_s + _LAST_WORDS_S)
         for place in self._places:
             if place.child is not None and place.child.running:

@@ -29,6 +29,7 @@ from shared.bus import failure
 from shared.errors import DeepFlowError, TooLarge, Unavailable
 from shared.messages import (
     Accepted,
+    Band,
     Beat,
     Cancel,
     Delta,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 _JUDGE_S: Final = 0.25
 _LAST_COPIES_S: Final = 2.0  # for KV to reach the arena, if the requests took all of the grace
+_BATCH_SHARE: Final = 4  # of those that may wait here, band BATCH may be one in so many
 _RETRY_S: Final = (1.0, 60.0)  # what a refused task is told to wait, at least and at most
 
 
@@ -124,6 +126,8 @@ class Shell:
         self._admission = Admission(
             model=self._model,
             max_choices=settings.max_num_seqs + settings.max_waiting,
+            # Enough to fill the engine, and to go on with; the rest had better wait where it can be done first.
+            max_batch_choices=settings.max_num_seqs + settings.max_waiting // _BATCH_SHARE,
             validate=engine.validate,
             retry_after_s=partial(_retry_after_s, engine),
         )
@@ -158,7 +162,12 @@ class Shell:
         """In the engine's thread."""
         request, prefill_only = task.request, task.kind is TaskKind.PREFILL
         try:
-            engine.submit(request, prefill_only=prefill_only, handover=task.handover)
+            engine.submit(
+                request,
+                prefill_only=prefill_only,
+                handover=task.handover,
+                expected_output=task.expected_output,
+            )
         except DeepFlowError as error:  # a cancel overtook it: it was accepted, so it gets its end
             report.deltas += engine.refuse(request, failure(error))
         for want in engine.take_wants():
@@ -255,9 +264,10 @@ class Shell:
         ends = [(self._admission.ended(e.request, e.attempt, now), e) for e in report.ended]
         self._task_ended.set()
         prefilled = {(handed.request, handed.attempt): handed for handed in report.prefilled}
-        for task, ended in ends:
-            if task is None:
+        for owed, ended in ends:
+            if owed is None:
                 continue
+            task, since, first = owed.task, owed.since, ended.first_token
             events = self._bus.subjects.events(task.je)
             if (handed := prefilled.get((ended.request, ended.attempt))) is not None:
                 await self._publish(events, _prefilled(task, handed, self._te))
@@ -270,6 +280,8 @@ class Shell:
                 prompt_tokens=ended.prompt_tokens,
                 cached_tokens=ended.cached_tokens,
                 output_tokens=ended.output_tokens,
+                first_token_ms=-1 if first is None else round(max(first - since, 0.0) * 1000),
+                total_ms=round((now - since) * 1000),
             )
             await self._publish(events, message)
 
@@ -302,6 +314,8 @@ class Shell:
         counters = Counter(engine.counters)
         counters.subtract(self._before)
         counters.update(self._caching.counters)
+        if self._admission is not None:
+            counters.update(self._admission.counters)
         return TeBeat(
             id=self._te,
             model=self._model,
@@ -315,6 +329,11 @@ class Shell:
             waiting=load.waiting,
             free_slots=load.free_slots,
             outstanding_s=load.outstanding_s,
+            outstanding_batch_s=load.outstanding_batch_s,
+            waiting_tokens=load.waiting_tokens,
+            prefill_us=load.prefill_us,
+            decode_us=load.decode_us,
+            decode_row_us=load.decode_row_us,
             blocks_total=load.blocks_total,
             blocks_used=load.blocks_used,
             blocks_cached=load.blocks_cached,
@@ -368,10 +387,11 @@ class Shell:
         await self._registrar.remove("registrations", self._te)
 
 
-def _retry_after_s(engine: Engine) -> float:
-    """When to come back to a full TE: once half of its work is done."""
-    low, high = _RETRY_S
-    return min(max(engine.load().outstanding_s / 2, low), high)
+def _retry_after_s(engine: Engine, band: Band) -> float:
+    """When to come back to a full TE: once half of its work is done, but for what would have given way."""
+    (low, high), load = _RETRY_S, engine.load()
+    work_s = load.outstanding_s - (0.0 if band is Band.BATCH else load.outstanding_batch_s)
+    return min(max(work_s / 2, low), high)
 
 
 def _prefilled(task: Task, handed: Handed, te: str) -> Prefilled:

@@ -12,7 +12,7 @@ import pytest
 
 from deepflow.bench.rtc import index, transport
 from deepflow.bench.rtc.plan import BARS, QUICK
-from deepflow.bench.rtc.trace import generate
+from deepflow.sim.trace import generate
 
 ROOT = Path(__file__).parents[2]
 BENCH = (sys.executable, "-m", "deepflow.cli.main", "bench", "rtc")

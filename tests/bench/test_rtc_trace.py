@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepflow.bench.rtc.trace import BLOCK, Call, Tiers, generate, read, replay
+from deepflow.bench.rtc.trace import Tiers, replay
+from deepflow.sim.trace import BLOCK, Call, generate, read
 from shared.errors import InvalidRequest
 
 

@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.cache.directory import ABSENT, MAX_WAITING_PAGES, PAGE_BYTES, TIERS, Directory
+from services.cache.directory import ABSENT, PAGE_BYTES, TIERS, Directory
+from shared.block_feed import MAX_WAITING_PAGES
 from shared.rtc_messages import BlockEvents, BlocksDump, Holder
 
 ROOMY = 1 << 30
@@ -87,7 +88,7 @@ def test_an_arena_holds_pages_of_many_models_and_names_its_host() -> None:
     directory.seen("cache", "m")
     directory.load(BlocksDump(te="cache", model="m", seq=4, hashes=pages(1, 2), tier="host"))
     directory.apply(BlockEvents(te="cache", model="n", seq=1, stored=pages(1), tier="host"))
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
     assert directory.match("m", pages(1, 2)) == [
         Holder(te="cache", num_pages=2, tier="host", host="h1")
     ]
@@ -96,7 +97,7 @@ def test_an_arena_holds_pages_of_many_models_and_names_its_host() -> None:
     ]
     assert directory.holders() == {"cache": 3}
     directory.apply(BlockEvents(te="cache", model="n", seq=3, stored=pages(3), tier="host"))
-    assert directory.unsynced() == [("cache", "n")]
+    assert directory.feeds.unsynced() == [("cache", "n")]
     assert directory.remove("cache")
     assert directory.holders() == {}
     directory.check()
@@ -126,16 +127,16 @@ def test_a_gap_asks_for_a_dump_and_keeps_the_last_view() -> None:
     """After a lost event the TE is unsynced, its old pages stand, and the dump plus later events give the truth."""
     directory = Directory(max_bytes=ROOMY)
     directory.apply(events("te", 1, "1"))
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
     directory.apply(events("te", 3, "3"))
-    assert directory.unsynced() == [("te", "m")]
-    assert directory.num_gaps == 1
+    assert directory.feeds.unsynced() == [("te", "m")]
+    assert directory.feeds.num_gaps == 1
     assert held(directory, 1) == {"te": 1}
     directory.apply(events("te", 5, "5"))
     directory.load(dump("te", 3, 1, 2, 3))
-    assert directory.unsynced() == [("te", "m")]  # 4 is missing still
+    assert directory.feeds.unsynced() == [("te", "m")]  # 4 is missing still
     directory.load(dump("te", 4, 1, 2, 3, 4))
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
     assert held(directory, 1, 2, 3, 4, 5) == {"te": 5}
 
 
@@ -150,7 +151,7 @@ def test_late_and_repeated_events() -> None:
     directory.apply(events("te", 1, "1"))
     directory.load(dump("te", 2, 1, 2))  # older than what was applied
     assert held(directory, 1) == {}
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
 
 
 def test_a_te_seen_in_mid_life_needs_a_dump() -> None:
@@ -158,10 +159,10 @@ def test_a_te_seen_in_mid_life_needs_a_dump() -> None:
     directory = Directory(max_bytes=ROOMY)
     directory.seen("quiet", "m")
     directory.apply(events("late", 57, "7"))
-    assert directory.unsynced() == [("quiet", "m"), ("late", "m")]
+    assert directory.feeds.unsynced() == [("quiet", "m"), ("late", "m")]
     directory.load(dump("quiet", 0))
     directory.load(dump("late", 56, 1))
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
     assert held(directory, 1) == held(directory, 7) == {"late": 1}
 
 
@@ -173,8 +174,8 @@ def test_death_and_doubt() -> None:
     assert directory.remove("a")
     assert not directory.remove("a")
     assert held(directory, 1) == {"b": 1}
-    directory.doubt()
-    assert directory.unsynced() == [("b", "m")]
+    directory.feeds.doubt()
+    assert directory.feeds.unsynced() == [("b", "m")]
     assert held(directory, 1) == {"b": 1}
 
 
@@ -187,7 +188,7 @@ def test_waiting_events_are_bounded() -> None:
         directory.apply(BlockEvents(te="te", model="m", seq=seq, stored=hashes))
         directory.check()
     directory.load(dump("te", 1999, 1))
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
     assert held(directory, 1) == {"te": 1}
     assert MAX_WAITING_PAGES < 2000 * 50  # the bound was reached on the way
 
@@ -213,9 +214,9 @@ def test_room_again_asks_those_who_went_without() -> None:
     chain = [page(n) for n in range(100)]
     directory.apply(BlockEvents(te="one", model="m", seq=1, stored=chain))
     directory.apply(BlockEvents(te="two", model="m", seq=1, stored=chain))
-    assert directory.unsynced() == []
+    assert directory.feeds.unsynced() == []
     directory.remove("one")
-    assert directory.unsynced() == [("two", "m")]
+    assert directory.feeds.unsynced() == [("two", "m")]
     directory.load(BlocksDump(te="two", model="m", seq=1, hashes=chain))
     assert held(directory, *range(100)) == {"two": 100}
 
@@ -303,11 +304,11 @@ class Against(RuleBasedStateMachine):
         """The directory hears a beat and, if need be, asks for the whole index."""
         self._alive(te)
         self.directory.seen(te, "m")
-        if (te, "m") in self.directory.unsynced():
+        if (te, "m") in self.directory.feeds.unsynced():
             hashes = sorted(self.truth[te])
             self.directory.load(BlocksDump(te=te, model="m", seq=self.seq[te], hashes=hashes))
             self.told[te] = self.seq[te]
-            assert (te, "m") not in self.directory.unsynced()
+            assert (te, "m") not in self.directory.feeds.unsynced()
 
     @rule(te=st.sampled_from(TES))
     def die(self, te: str) -> None:
@@ -327,7 +328,7 @@ class Against(RuleBasedStateMachine):
             known = te in self.directory.holders()
             in_step = (
                 known
-                and (te, "m") not in self.directory.unsynced()
+                and (te, "m") not in self.directory.feeds.unsynced()
                 and self.told[te] == self.seq[te]
             )
             naive = next((n for n, h in enumerate(chain) if h not in truth), len(chain))
@@ -349,7 +350,7 @@ class AgainstTight(Against):
             known = te in self.directory.holders()
             if (
                 known
-                and (te, "m") not in self.directory.unsynced()
+                and (te, "m") not in self.directory.feeds.unsynced()
                 and self.told[te] == self.seq[te]
             ):
                 for number in range(7):

@@ -17,6 +17,8 @@ from deepflow.cli.nats_server import PRODUCER, NatsServer
 from deepflow.deploy import nats_config
 from shared.bus import Bus
 from shared.config import BusSettings
+from shared.errors import Unavailable
+from shared.job_messages import JobCall
 from shared.messages import Registration
 from shared.permissions import KINDS, permissions
 from shared.subjects import Subjects
@@ -186,6 +188,35 @@ async def test_a_service_may_use_its_tables(server: Server, user: str) -> None:
         await bus.table("models")
     finally:
         await bus.close()
+
+
+@pytest.mark.service
+async def test_a_gateway_puts_jobs_and_a_je_settles_them(server: Server) -> None:
+    """What a gateway puts into the work queue a JE takes, holds, releases and settles; a gateway may not take it."""
+
+    async def connect(user: str) -> Bus:
+        settings = BusSettings(url=server.url, user=user, password=server.password(user))
+        return await Bus.connect(settings, name=user)
+
+    gateway, je = await connect("gateway"), await connect("scheduler")
+    try:
+        theirs, ours = await gateway.work_queue(), await je.work_queue()
+        await theirs.put("batch", "j1", JobCall(id="j1"))
+        entry = await ours.take("batch", JobCall, 2.0)
+        assert entry is not None
+        await entry.hold()
+        await entry.release()
+        entry = await ours.take("batch", JobCall, 2.0)
+        assert entry is not None
+        await entry.done()
+        await je.flush()
+        assert await ours.take("batch", JobCall, 0.3) is None
+        assert (gateway.num_refused, je.num_refused) == (0, 0)
+        with pytest.raises(Unavailable):
+            await theirs.take("batch", JobCall, 0.3)
+    finally:
+        await gateway.close()
+        await je.close()
 
 
 @pytest.mark.service

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import orjson
 
 from services.gateway.answer import Usage
@@ -130,3 +132,15 @@ def test_comments_and_errors() -> None:
         "code": "overloaded",
     }
     assert error_event(Overloaded("full")).startswith(b'data: {"error":{"message":"full"')
+
+
+def test_the_tier_is_answered_to_who_asked_for_one() -> None:
+    """In the whole answer and in every chunk, the tier that it was given in; else there is no such field."""
+    piece = Piece(0, "a", finish="stop")
+    for header in (CHAT, TEXT):
+        asked = replace(header, service_tier="flex")
+        assert whole(asked, [piece], 1, USAGE, None)["service_tier"] == "flex"
+        assert "service_tier" not in whole(header, [piece], 1, USAGE, None)
+        writer = ChunkWriter(asked, 1, with_usage=True, tokenizer=None)
+        for chunk in writer.chunks([piece]) + writer.usage(USAGE):
+            assert orjson.loads(chunk)["service_tier"] == "flex"

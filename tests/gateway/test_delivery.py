@@ -152,6 +152,17 @@ def test_the_deadline_ends_every_live_choice_once() -> None:
     assert delivery.tick(11.0, connected=True) == []
 
 
+def test_what_a_replica_calls_too_late_is_not_tried_again() -> None:
+    """It would not be in time elsewhere either; so the client learns it at once."""
+    delivery = make(1, Limits(deadline_s=10, park_s=5))
+    delivery.accepted(1, "je", "te", 0.0)
+    late = Failure(code=DeadlineExceeded.code, message="not to be finished in time")
+    actions = delivery.tokens("te", delta(0, [], finish="failed", failure=late), 1.0)
+    [end] = [action for action in actions if isinstance(action, Emit)]
+    assert isinstance(end.failure, DeadlineExceeded)
+    assert delivery.over
+
+
 def test_a_stop_string_ends_one_choice_and_the_rest_goes_on() -> None:
     """The TE learns how many tokens count; later tokens of that choice, or its cancelled end, are nothing."""
     delivery = make(2)

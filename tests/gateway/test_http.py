@@ -443,10 +443,11 @@ async def test_keys_guard_everything_but_probes(nats: Any, cache: Any, peers: Pe
                 async with http.get(path, headers=headers) as response:
                     assert response.status == 401
                     assert (await error_of(response))["code"] == "invalid_api_key"
-        for key, status in (("k1", 403), ("k2", 200)):
-            for path in ("/debug/status", "/debug/kv/ledger"):
+        found = {"/debug/status": 200, "/debug/kv/ledger": 200, "/debug/requests/x/placement": 404}
+        for path, status in found.items():
+            for key, expected in (("k1", 403), ("k2", status)):
                 async with http.get(path, headers={"Authorization": f"Bearer {key}"}) as response:
-                    assert response.status == status
+                    assert response.status == expected
         body = {"model": MODEL, "prompt": "a" * 40, "max_tokens": 1}
         for key in ("k1", "k2", "k1"):
             headers = {"Authorization": f"Bearer {key}"}

@@ -81,7 +81,8 @@ BAD_SAMPLING: list[tuple[str, Any]] = [
     ("stop_token_ids", 5),
     ("stop_token_ids[0]", [-1]),
     ("ignore_eos", 0),
-    ("service_tier", "flex"),
+    ("service_tier", "scale"),
+    ("priority", 1),
 ]
 BAD_CHAT: list[tuple[str, Any]] = [
     ("messages", "Hello"),

@@ -132,8 +132,15 @@ def test_graphs_change_nothing(tmp_path: Path, case: str, dtype: str) -> None:
         assert np.array_equal(without, replayed)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral-window", "qwen2-some-windows", "qwen3"])
-@pytest.mark.parametrize("limits", [{}, {"asynchronous": True}, {"speculation": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("case", "limits"),
+    [
+        *((case, {}) for case in ("llama", "mistral-window", "qwen2-some-windows", "qwen3")),
+        ("mistral-window", {"asynchronous": True}),
+        ("qwen3", {"speculation": 4}),
+    ],
+    ids=str,
+)
 def test_the_engines_tokens_are_the_cpus(tmp_path: Path, case: str, limits: dict[str, Any]) -> None:
     """Requests that share a prefix, are cut into chunks and wait for blocks, through the whole engine: a greedy token
     is the CPU's own where its lead is clear."""

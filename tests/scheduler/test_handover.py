@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.scheduler.heatmap import Heatmap
 from shared.bus import Bus
 from shared.errors import Overloaded
 from shared.messages import Cancel, Down, Progress, Sampling, Task, TaskKind
-from shared.rtc_messages import Holder, Match, Matched
+from shared.subjects import encode
 from tests.nats_server import NatsServer
 from tests.scheduler.players import (
+    MODEL,
     Client,
     Te,
     eventually,
@@ -30,10 +33,14 @@ LONG = list(range(100))
 
 
 @pytest.fixture
-async def je(nats: NatsServer, bus: Bus) -> AsyncIterator[str]:
-    """A running JE that splits prompts of 64 tokens; its id."""
+async def je(nats: NatsServer, bus: Bus, tmp_path: Path) -> AsyncIterator[str]:
+    """A running JE that splits prompts of 64 tokens, whatever they bring; its id."""
     await publish_model(bus)
-    async with process("scheduler", nats, **ENV) as (_, name):
+    always = Heatmap(
+        prefill_lens=(1,), ratios=(1.0,), rates=(1.0,), values=(((0.5,),),), source="engine"
+    )
+    (tmp_path / f"{encode(MODEL)}.json").write_bytes(always.to_json())
+    async with process("scheduler", nats, **ENV, DEEPFLOW_HEATMAPS=str(tmp_path)) as (_, name):
         await wait_ready(bus, "scheduler", name)
         yield name
 
@@ -138,27 +145,24 @@ async def test_not_split(bus: Bus, je: str, client: Client) -> None:
 
 
 async def test_a_cached_prompt_is_not_split(bus: Bus, je: str, client: Client) -> None:
-    """What somebody holds need not be prefilled: the directory is asked, and counts only if it answers."""
-    queries: list[Match] = []
-
-    async def match(query: Match) -> Matched:
-        queries.append(query)
-        await asyncio.sleep(len(query.hashes) / 10 - 0.4)  # of four pages at once, of six too late
-        return Matched(holders=[Holder(te="c", num_pages=4, tier="device")])
+    """What some TE holds need not be prefilled; what is beyond that may still be enough."""
+    four = [bytes([n]) * 16 for n in range(4)]
 
     async with tes(bus, je, p="prefill", d="decode", c="colocated") as te:
-        served = await bus.serve(bus.subjects.rtc("match"), (Match,), match)
-        try:
-            four, six = [bytes([n]) * 16 for n in range(4)], [bytes([n]) * 16 for n in range(6)]
-            assert (await client.submit("r1", prompt=LONG, hashes=four)).te == "c"
-            assert (await client.submit("r2", prompt=LONG[:96], hashes=six)).te == "p"
-            long = [*LONG, *LONG]  # four pages of it are 64 tokens
-            assert (await client.submit("r3", prompt=long, hashes=four)).te == "p"
-            assert (await client.submit("r4", prompt=LONG[:60], hashes=four[:3])).te == "c"
-            assert [len(query.hashes) for query in queries] == [4, 6, 4]
-        finally:
-            await served.stop()
-        assert len(te["p"].tasks) == 2
+        await te["c"].change(four)
+        await bus.flush()
+        await eventually(lambda: knows(bus, je, 4))
+        assert (await client.submit("r1", prompt=LONG, hashes=four)).te == "c"
+        assert (await client.submit("r2", prompt=LONG)).te == "p"
+        long = [*LONG, *LONG]  # four pages of it are 64 tokens
+        assert (await client.submit("r3", prompt=long, hashes=four)).te == "p"
+        assert (await client.submit("r4", prompt=LONG[:60], hashes=four[:3])).te == "c"
+
+
+async def knows(bus: Bus, je: str, num_pages: int) -> bool:
+    """Whether the JE's prompt trees have so many pages."""
+    trees = (await status(bus, "scheduler", je))["prompts"]["trees"]
+    return sum(tree["pages"] for tree in trees) == num_pages
 
 
 async def test_any_te_serves_where_its_role_is_missing(bus: Bus, je: str, client: Client) -> None:
@@ -169,10 +173,14 @@ async def test_any_te_serves_where_its_role_is_missing(bus: Bus, je: str, client
         te["d"].says = Overloaded("full")
         assert (await client.submit("r2")).te == "p"
         te["p"].says = Overloaded("full")
+        await asyncio.sleep(
+            0.5
+        )  # what was given is in their beats by now, which say that they are idle
         with pytest.raises(Overloaded):
             await client.submit("r3", prompt=LONG)
         assert [task.kind.value for task in te["p"].tasks] == ["generate", "prefill", "generate"]
         te["d"].says = "accepted"
+        await asyncio.sleep(0.5)
         assert (await client.submit("r4", prompt=LONG)).te == "d"  # prefill is full: not split
 
 
@@ -290,7 +298,7 @@ async def test_a_first_token_may_be_the_last(bus: Bus, je: str, client: Client) 
 async def test_the_prefill_te_dies(bus: Bus, je: str, client: Client) -> None:
     """Before it is done, its gateway comes again; afterwards the decode TE gets the task all the same."""
     async with tes(bus, je, p="prefill", d="decode", q="prefill") as te:
-        te["q"].load["outstanding_s"] = 9.0
+        te["q"].load["waiting_tokens"] = 9000
         te["d"].hold = asyncio.Event()
         await asyncio.sleep(0.3)
         await client.submit("r1", prompt=LONG)

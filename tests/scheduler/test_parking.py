@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from services.scheduler.job import JobKind, serve
 from services.scheduler.parking import Parked, ParkingLot, num_bytes
 from shared.errors import Overloaded
-from shared.messages import Request, Sampling
+from shared.messages import Band, Request, Sampling
 
 
 def park(lot: ParkingLot, name: str, now: float = 0.0, **fields: object) -> Parked:
@@ -37,7 +37,7 @@ def lot(max_requests: int = 10, max_bytes: int = 1 << 20, max_park_s: float = 10
 
 
 def test_first_come_first_served_per_model() -> None:
-    """`next` gives a model's oldest request; one that is put back keeps its place at the head."""
+    """Of one tenant `next` gives a model's oldest request; one that is put back keeps its place at the head."""
     parked = lot()
     for name, model in (("1", "m"), ("2", "n"), ("3", "m")):
         park(parked, name, model=model)
@@ -48,6 +48,35 @@ def test_first_come_first_served_per_model() -> None:
     parked.put_back(first)
     assert [p.request.request for p in parked] == ["1", "2", "3"]
     assert parked.next("none") is None
+
+
+def test_requests_leave_by_band_then_by_turns_of_the_tenants_then_by_age() -> None:
+    """As a TE would take them: nobody's many requests keep another tenant's waiting, and a higher band goes first."""
+    parked = lot(max_requests=20)
+    for number in range(6):
+        park(parked, f"a{number}", tenant="a")
+    park(parked, "batch", tenant="c", band=Band.BATCH)
+    park(parked, "b0", tenant="b")
+    park(parked, "b1", tenant="b")
+    park(parked, "high", tenant="a", band=Band.PRIORITY)
+    order = []
+    while (entry := parked.next("m")) is not None:
+        order.append(entry.request.request)
+    assert order == ["high", "a0", "b0", "a1", "b1", "a2", "a3", "a4", "a5", "batch"]
+
+
+def test_who_is_put_back_has_lost_no_turn() -> None:
+    """A request for which no TE had room is the next one again, and its tenant has not paid."""
+    parked = lot()
+    for name, tenant in (("a0", "a"), ("b0", "b"), ("a1", "a")):
+        park(parked, name, tenant=tenant)
+    for _ in range(3):
+        entry = parked.next("m")
+        assert entry is not None
+        assert entry.request.request == "a0"
+        parked.put_back(entry)
+    order = [entry.request.request for _ in range(3) if (entry := parked.next("m"))]
+    assert order == ["a0", "b0", "a1"]
 
 
 def test_bounded_by_count_and_bytes() -> None:

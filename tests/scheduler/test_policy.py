@@ -1,157 +1,197 @@
-"""The order in which TEs are asked."""
+"""The rules by which TEs are scored."""
 
 from __future__ import annotations
 
-from itertools import pairwise
-from random import Random
+from collections import Counter
+from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.policy import (
-    MAX_TRIES,
-    TIE_S,
-    Candidate,
-    Costs,
-    order,
-    order_by_room,
-    order_for,
-    shortlist,
+from services.scheduler.policy.algorithm1 import Algorithm1
+from services.scheduler.policy.base import Candidate, Policy
+from services.scheduler.policy.baselines import (
+    CacheAware,
+    KvCost,
+    LeastLoad,
+    RoundRobin,
+    StrictPrefix,
 )
-from shared.messages import Request, Sampling, TaskKind
+from services.scheduler.policy.roster import DEFAULT, NAMES, make
+from services.scheduler.work import Length, Work
+from shared.config import ConfigError
+from shared.messages import Band, TaskKind
 
 
-def request(**fields: object) -> Request:
-    """A small request."""
+def work(kind: TaskKind = TaskKind.GENERATE, num_pages: int = 10) -> Work:
+    """A prompt of so many pages of 16 tokens."""
+    return Work(
+        request="r", attempt=1, model="m", tenant="t", kind=kind, band=Band.DEFAULT,
+        num_known=num_pages * 16 + 1, hashes=[bytes([n]) * 16 for n in range(num_pages)],
+        num_choices=1, length=Length(low=1, mid=64),
+    )  # fmt: skip
+
+
+def candidate(te: str, *, matched: int = 0, pages: int = 10, **fields: object) -> Candidate:
+    """A TE that computes 1,000 tokens a second."""
+    num_tokens = (pages - matched) * 16 + 1
+    queued = float(str(fields.get("queued_tokens", 0.0)))
     values: dict[str, object] = {
-        "request": "r",
-        "attempt": 1,
-        "client": "gateway-1",
-        "model": "m",
-        "tenant": "t",
-        "prompt": [1, 2, 3],
-        "root": b"r" * 16,
-        "hashes": [],
-        "sampling": Sampling(max_tokens=10, seed=1),
-        "deadline_ms": 60_000,
-        "park_ms": 5_000,
+        "te": te,
+        "matched_pages": matched,
+        "prefill_tokens": num_tokens,
+        "prefill_s": num_tokens * 0.001,
+        "ttft_s": (num_tokens + queued) * 0.001,
+        "token_s": 0.001,
+        "pages_total": 1000,
     }
-    return Request(**{**values, **fields})  # type: ignore[arg-type]
+    return Candidate(**{**values, **fields})  # type: ignore[arg-type]
 
 
-def test_least_outstanding_work_first() -> None:
-    """The score is the TE's own prediction plus what this JE dispatched since."""
-    tes = [
-        Candidate(te="busy", outstanding_s=2.0),
-        Candidate(te="fresh", outstanding_s=0.0, dispatched_s=1.0),
-        Candidate(te="idle", outstanding_s=0.1),
-    ]
-    assert [c.te for c in order(tes, Random(1))] == ["idle", "fresh", "busy"]
+def best(policy: Policy, *candidates: Candidate, kind: TaskKind = TaskKind.GENERATE) -> str:
+    """The TE with the lowest score."""
+    scores = policy.scores(work(kind), candidates)
+    return min(zip(scores, candidates, strict=True), key=lambda pair: pair[0])[1].te
 
 
-def test_avoided_come_last() -> None:
-    """A TE to avoid is asked only after all others, however idle it is."""
-    tes = [
-        Candidate(te="left", outstanding_s=0.0, avoid=True),
-        Candidate(te="busy", outstanding_s=9.0),
-    ]
-    assert [c.te for c in order(tes, Random(1))] == ["busy", "left"]
+def test_locality_where_loads_are_alike() -> None:
+    """The longest prefix wins among TEs that would give the first token about as soon."""
+    tes = candidate("none"), candidate("some", matched=4), candidate("most", matched=9)
+    assert best(Algorithm1(), *tes) == "most"
 
 
-def test_equal_load_prefers_the_longer_prefix() -> None:
-    """Matched pages decide between equally loaded TEs, and never against load."""
-    tes = [
-        Candidate(te="none", outstanding_s=0.0),
-        Candidate(te="some", outstanding_s=0.001, matched_pages=4),
-        Candidate(te="most", outstanding_s=1.0, matched_pages=400),
-    ]
-    assert [c.te for c in order(tes, Random(1))] == ["some", "none", "most"]
+def test_load_where_waiting_costs_more_than_computing() -> None:
+    """A prefix is worth the time it saves, and no more."""
+    busy: dict[str, Any] = {"outstanding_s": 1.0, "queued_tokens": 1000.0}
+    assert best(Algorithm1(), candidate("busy", matched=9, **busy), candidate("idle")) == "idle"
+    short: dict[str, Any] = {"outstanding_s": 0.05, "queued_tokens": 50.0}
+    assert best(Algorithm1(), candidate("busy", matched=9, **short), candidate("idle")) == "busy"
 
 
-def test_ties_are_drawn_and_repeatable() -> None:
-    """Equal TEs are chosen evenly, and a seed gives the same choices again."""
-    tes = [Candidate(te=str(n), outstanding_s=0.0) for n in range(4)]
-    firsts = [order(tes, random)[0].te for random in [Random(7)] for _ in range(400)]
-    again = [order(tes, random)[0].te for random in [Random(7)] for _ in range(400)]
-    assert firsts == again
-    assert all(60 < firsts.count(te) < 140 for te in "0123")
+def test_a_conversation_waits_for_its_te_where_much_runs() -> None:
+    """It leaves for one that answers sooner while few requests run; while many do, only a prompt of which nobody holds
+    much goes there, since computing a conversation again delays them all."""
+    for num_running, chosen in ((0, "idle"), (20, "holder")):
+        holder = candidate("holder", matched=9, queued_tokens=500.0, num_running=num_running)
+        assert best(Algorithm1(), holder, candidate("idle", num_running=num_running)) == chosen
+        little = candidate("holder", matched=1, queued_tokens=500.0, num_running=num_running)
+        assert best(Algorithm1(), little, candidate("idle", num_running=num_running)) == "idle"
 
 
-@given(
-    st.lists(
-        st.builds(
-            Candidate,
-            te=st.uuids().map(str),
-            outstanding_s=st.floats(0, 100),
-            dispatched_s=st.floats(0, 10),
-            avoid=st.booleans(),
-            matched_pages=st.integers(0, 3),
-        ),
-        unique_by=lambda c: c.te,
-        max_size=12,
-    ),
-    st.integers(),
-)
-def test_order_is_a_permutation_by_score(tes: list[Candidate], seed: int) -> None:
-    """Every candidate appears once; within avoided and not, scores never fall by more than a tie."""
-    ordered = order(tes, Random(seed))
-    assert sorted(c.te for c in ordered) == sorted(c.te for c in tes)
-    for one, two in pairwise(ordered):
-        assert one.avoid <= two.avoid
-        if one.avoid == two.avoid:
-            assert one.score <= two.score + TIE_S * 1.01
+def test_prompts_are_slowed_by_those_that_decode() -> None:
+    """Of two TEs with equal queues the one with the longer decode steps would answer later."""
+    quick = candidate("quick", queued_tokens=2000.0, num_running=2, decode_token_s=0.01)
+    slow = candidate("slow", queued_tokens=2000.0, num_running=2, decode_token_s=0.02)
+    assert best(Algorithm1(), slow, quick) == "quick"
+
+
+def test_decoding_beside_many_costs_more_than_computing_a_short_prompt() -> None:
+    """Prompts that share all they have leave the TE that has it before each slows the steps of many others."""
+    few: dict[str, Any] = {"num_running": 2, "decode_row_s": 0.001, "decode_token_s": 0.001}
+    assert best(Algorithm1(), candidate("busy", matched=10, **few), candidate("idle")) == "busy"
+    many = few | {"num_running": 12}
+    assert best(Algorithm1(), candidate("busy", matched=10, **many), candidate("idle")) == "idle"
+
+
+def test_a_shared_page_does_not_outweigh_the_share_of_late() -> None:
+    """A TE that was given far more than its share in the last minute is not given what others have little more of to
+    compute, though nobody has anything in flight; a conversation of its own stays with it."""
+    rest = [candidate(f"te-{n}", recent_s=1.0) for n in range(7)]
+    assert best(Algorithm1(), candidate("full", matched=1, recent_s=2.0), *rest) != "full"
+    late = [candidate(f"te-{n}", recent_s=1.7) for n in range(7)]
+    assert best(Algorithm1(), candidate("full", matched=9, recent_s=2.0), *late) == "full"
+
+
+def test_small_prompts_fill_up_and_leave_room_for_a_long_one() -> None:
+    """Of two TEs below the level the fuller one is better; a prompt as long as all the others goes to the emptier."""
+    tes = [candidate("fuller", recent_s=8.0), candidate("emptier", recent_s=2.0)]
+    tes += [candidate(f"te-{n}", recent_s=11.0) for n in range(6)]
+    assert best(Algorithm1(), *tes) == "fuller"
+    for one in tes:
+        one.prefill_tokens, one.prefill_s, one.ttft_s = 7000, 7.0, 7.0
+    assert best(Algorithm1(), *tes) == "emptier"
 
 
 def test_the_emptiest_decodes() -> None:
     """For what only decodes, room for KV comes before load, and load decides between equally full TEs."""
     tes = [
-        Candidate(te="full", outstanding_s=0.0, kv_use=0.9),
-        Candidate(te="busy", outstanding_s=5.0, kv_use=0.301),
-        Candidate(te="idle", outstanding_s=1.0, kv_use=0.3),
-        Candidate(te="left", outstanding_s=0.0, kv_use=0.0, avoid=True),
+        candidate("full", pages_active=900),
+        candidate("busy", pages_active=301, outstanding_s=5.0),
+        candidate("idle", pages_active=300, outstanding_s=1.0),
     ]
-    assert [c.te for c in order_by_room(tes, Random(1))] == ["idle", "busy", "full", "left"]
+    assert best(Algorithm1(), *tes, kind=TaskKind.DECODE) == "idle"
 
 
-def test_roles_are_tried_in_turn() -> None:
-    """A task goes to the TEs it is meant for, then to others, and to those to avoid only after all of them."""
-    tes = [
-        Candidate(te=f"{role}-{load}", outstanding_s=float(load), role=role, avoid=load == 0)
-        for role in ("prefill", "decode", "colocated")
-        for load in range(6)
-    ]
-    asked = [c.te for c in shortlist(order_for(TaskKind.GENERATE, tes, Random(1)))]
-    assert asked == [f"{r}-{n}" for r in ("colocated", "decode", "prefill") for n in (1, 2, 3)]
-    assert MAX_TRIES == 3
-    for kind in (TaskKind.PREFILL, TaskKind.DECODE):
-        names = [c.te for c in order_for(kind, tes, Random(1))]
-        assert names[0] == f"{kind}-1"
-        assert names[-1] == f"{kind}-0"
-        assert len(names) == 6
-    few = [c.te for c in order_for(TaskKind.GENERATE, tes[-6:-4], Random(1))]
-    assert few == ["colocated-1", "colocated-0"]
-    assert [c.te for c in order_for(TaskKind.GENERATE, [*tes[:1], *tes[-2:]], Random(1))] == [
-        "colocated-4",
-        "colocated-5",
-        "prefill-0",
-    ]
+def test_the_type_by_heatmap_and_by_load() -> None:
+    """At equal load the heatmap's sign decides; a type that is busier by more than the gain is not chosen."""
+    whole = candidate("c", decode_s=1.0)
+    pair = [candidate("p", role="prefill", decode_s=1.0), candidate("d", role="decode")]
+    policy = Algorithm1()
+    assert policy.is_split(work(), 0.5, [whole, *pair])
+    assert not policy.is_split(work(), -0.5, [whole, *pair])
+    pair[0].outstanding_s = 2.0
+    assert not policy.is_split(work(), 0.5, [whole, *pair])
+    whole.outstanding_s = 4.0
+    assert policy.is_split(work(), -0.5, [whole, *pair])
 
 
-def test_a_pair_shares_the_work() -> None:
-    """What a prefill task and a decode task are predicted to take is together what the whole would."""
-    costs = Costs(prefill_tokens_per_s=10, decode_tokens_per_s=1, expected_output=4)
-    whole = request(prompt=[1] * 20)
-    assert costs.work_s(whole, TaskKind.PREFILL) == 2
-    assert costs.work_s(whole, TaskKind.DECODE) == 4
-    assert costs.num_tokens(whole) == 24
+def test_round_robin_takes_turns() -> None:
+    """Each TE in turn whatever it has, and pairs in proportion to their number."""
+    policy = RoundRobin()
+    tes = [candidate("b", matched=9), candidate("a", outstanding_s=9.0), candidate("c")]
+    assert [best(policy, *tes) for _ in range(4)] == ["a", "b", "c", "a"]
+    types = [candidate("c1"), candidate("c2"), candidate("p", role="prefill")]
+    splits = [policy.is_split(work(), -9.0, types) for _ in range(6)]
+    assert splits == [False, False, True] * 2
 
 
-def test_work_counts_live_choices_and_delivered_tokens() -> None:
-    """Predicted work grows with the prompt, with delivered tokens, and with the choices still to run."""
-    costs = Costs(prefill_tokens_per_s=10, decode_tokens_per_s=1, expected_output=4)
-    plain = request(prompt=[1] * 20)
-    assert costs.work_s(plain) == 2 + 4
-    two = request(prompt=[1] * 20, sampling=Sampling(max_tokens=2, seed=1, n=3), ended=[0])
-    assert costs.work_s(two) == 2 + 2 * 2
-    resumed = request(prompt=[1] * 20, output=[[1] * 10])
-    assert costs.work_s(resumed) == 3 + 4
+def test_the_other_rules() -> None:
+    """Least load heeds load alone, strict prefix the prefix alone, and SGLang's and Dynamo's both, in their ways."""
+    tes = [candidate("idle"), candidate("busy", matched=9, outstanding_s=9.0, num_running=3)]
+    assert best(LeastLoad(), *tes) == "idle"
+    assert best(StrictPrefix(), *tes) == "busy"
+    assert best(CacheAware(), *tes) == "busy"
+    tes[1].num_running = 70
+    assert best(CacheAware(), *tes) == "idle"
+    tes[1].num_running, tes[1].matched_pages, tes[1].pages_cached = 3, 2, 50
+    assert best(CacheAware(), *tes) == "idle"
+    assert best(KvCost(), candidate("idle"), candidate("held", matched=9, pages_active=8)) == "held"
+    assert (
+        best(KvCost(), candidate("idle"), candidate("full", matched=9, pages_active=20)) == "idle"
+    )
+
+
+def test_the_roster_knows_them_by_name() -> None:
+    """Every name makes a fresh policy of that name, ours by default, and another name is an error that lists them."""
+    assert [make(name).name for name in NAMES] == list(NAMES)
+    assert DEFAULT == "deepflow"
+    with pytest.raises(ConfigError, match="round-robin"):
+        make("fastest")
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(
+        st.builds(
+            candidate,
+            te=st.uuids().map(str),
+            matched=st.integers(0, 10),
+            outstanding_s=st.floats(0, 100),
+            recent_s=st.floats(0, 100),
+            pages_active=st.integers(0, 1000),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from(NAMES),
+    st.sampled_from([TaskKind.GENERATE, TaskKind.PREFILL, TaskKind.DECODE]),
+)
+def test_scores_are_of_each_candidate_alone(
+    tes: list[Candidate], name: str, kind: TaskKind
+) -> None:
+    """Every rule scores every candidate, and the order in which it sees them changes no score."""
+    scores = make(name).scores(work(kind), tes)
+    again = make(name).scores(work(kind), tes[::-1])
+    assert len(scores) == len(tes)
+    assert Counter(round(s, 6) for s in again) == Counter(round(s, 6) for s in scores)

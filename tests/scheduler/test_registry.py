@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from services.scheduler.registry import SETTLE_S, Registry
+import pytest
+
+from services.scheduler.registry import SETTLE_S, Given, Registry
 from shared.liveness import Liveness
-from shared.messages import Registration, TeBeat
+from shared.messages import Band, Registration, TeBeat
 
 
 def beat(te: str, **fields: Any) -> TeBeat:
@@ -17,6 +20,17 @@ def beat(te: str, **fields: Any) -> TeBeat:
 def names(registry: Registry, now: float = 0.0) -> set[str]:
     """The candidates for model `m`."""
     return {candidate.te for candidate in registry.candidates("m", now)}
+
+
+def load(registry: Registry, now: float) -> float:
+    """Of the one candidate."""
+    [candidate] = registry.candidates("m", now)
+    return round(candidate.load_s, 9)
+
+
+def recent(registry: Registry, now: float) -> dict[str, float]:
+    """The share of late of each."""
+    return {c.te: c.recent_s for c in registry.candidates("m", now)}
 
 
 def test_only_ready_tes_of_the_model_are_candidates() -> None:
@@ -43,8 +57,8 @@ def test_room_counts_what_was_reserved_and_dispatched() -> None:
         beat("a", role="decode", blocks_total=100, blocks_used=10, blocks_reserved=5), 0.0
     )
     registry.beat(beat("b", blocks_total=100), 0.0)
-    registry.dispatched("a", "t", 1.0, 0.0, num_tokens=33)
-    registry.dispatched("b", "t", 1.0, 0.0, num_tokens=33)
+    registry.give("a", "t", Given(when=0.0, num_tokens=33))
+    registry.give("b", "t", Given(when=0.0, num_tokens=33))
     found = {c.te: (c.role, c.kv_use) for c in registry.candidates("m", 0.0)}
     assert found == {"a": ("decode", 0.17), "b": ("colocated", 0.03)}
 
@@ -100,20 +114,77 @@ def test_nobody_is_judged_while_the_bus_is_away() -> None:
     assert registry.lost(12.0) == ["a"]
 
 
-def test_dispatched_work_counts_until_a_beat_contains_it() -> None:
-    """Own dispatches add to the score, survive a beat that may be older, and end with the task or a later beat."""
+def test_given_work_counts_until_a_beat_contains_it() -> None:
+    """What was given adds to the load, survives a beat that may be older, and ends with the task or a later beat."""
     registry = Registry(Liveness())
     registry.beat(beat("a", outstanding_s=1.0), 0.0)
-    registry.dispatched("a", "t1", 0.5, 0.05)
-    registry.dispatched("a", "t2", 0.25, 0.19)
-    (candidate,) = registry.candidates("m", 0.19)
-    assert candidate.score == 1.75
-    registry.beat(beat("a", outstanding_s=1.5), 0.05 + SETTLE_S + 0.01)
-    (candidate,) = registry.candidates("m", 0.2)
-    assert candidate.score == 1.75  # t1 is in the beat, t2 not yet
+    registry.give("a", "t1", Given(when=0.05, prefill_s=0.3, decode_s=0.2))
+    registry.give("a", "t2", Given(when=0.19, prefill_s=0.25))
+    assert load(registry, 0.0) == 1.75
+    assert load(registry, 0.5) == 1.25  # half a second of it is done, as far as one can tell
+    now = 0.05 + SETTLE_S + 0.01
+    registry.beat(beat("a", outstanding_s=1.5), now)
+    assert load(registry, now) == 1.75  # t1 is in the beat, t2 not yet
     registry.ended("a", "t2")
-    (candidate,) = registry.candidates("m", 0.2)
-    assert candidate.score == 1.5
+    assert load(registry, now) == 1.5
+    assert load(registry, now + 9.0) == 0.0  # without beats: it will have been done
+
+
+def test_an_overtaken_beat_changes_nothing_but_life() -> None:
+    """A beat of an earlier step that comes late does not bring its load back."""
+    registry = Registry(Liveness(1.5))
+    registry.beat(beat("a", step=9, outstanding_s=1.0), 0.0)
+    registry.beat(beat("a", step=8, outstanding_s=7.0), 1.0)
+    assert load(registry, 0.0) == 1.0
+    assert registry.lost(1.0) == []
+    assert registry.lost(2.0) == []
+
+
+def test_other_job_executors_give_as_much() -> None:
+    """What no beat contains yet is counted once for each JE; work of band BATCH only for its own."""
+    registry = Registry(Liveness())
+    registry.beat(beat("a", outstanding_s=3.0, outstanding_batch_s=2.0), 0.0)
+    registry.give("a", "t", Given(when=0.0, prefill_tokens=100, prefill_s=0.5))
+    registry.num_peers = 3
+    assert load(registry, 0.0) == 1.0 + 3 * 0.5
+    [batch] = registry.candidates("m", 0.0, band=Band.BATCH)
+    assert batch.load_s == 3.0 + 3 * 0.5
+    assert batch.queued_tokens == 300
+
+
+def test_the_share_of_late() -> None:
+    """What was given counts for a minute, what was refused does not, and a new TE starts level with the others."""
+    registry = Registry(Liveness())
+    registry.beat(beat("a"), 0.0)
+    registry.did("a", 2.0, 0.0)
+    registry.did("a", 3.0, 30.0)
+    registry.did("a", 1.0, 30.5)
+    registry.did("a", -1.0, 31.0)
+    registry.beat(beat("b"), 40.0)
+    assert recent(registry, 59.0) == {"a": 5.0, "b": 5.0}
+    assert recent(registry, 61.0) == {"a": 3.0, "b": 5.0}
+    assert recent(registry, 200.0) == {"a": 0.0, "b": 0.0}
+
+
+def test_a_refusal_heard_in_the_next_second() -> None:
+    """What it takes back may outlast what it takes back from, and still nobody was given less than nothing."""
+    registry = Registry(Liveness())
+    registry.beat(beat("a"), 0.0)
+    registry.did("a", 2.0, 0.9)
+    registry.did("a", -2.0, 1.1)
+    assert [recent(registry, now)["a"] for now in (2.0, 60.5, 62.0)] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("time_us", [0.0, -5.0, 1e-320, math.inf, math.nan])
+def test_times_that_cannot_be(time_us: float) -> None:
+    """A TE that measured nonsense is taken to be as quick as one that has measured nothing."""
+    registry = Registry(Liveness())
+    registry.beat(beat("a", running=2), 0.0)
+    odd = beat("b", running=2, prefill_us=time_us, decode_us=time_us, outstanding_s=math.nan)
+    registry.beat(odd, 0.0)
+    one, other = registry.candidates("m", 1.0)
+    assert (one.token_s, one.decode_token_s) == (other.token_s, other.decode_token_s)
+    assert (other.load_s, other.queued_tokens) == (0.0, 0.0)
 
 
 def test_unreachable_until_the_next_beat_and_suspect_for_a_while() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ from shared.errors import (
     Overloaded,
     Unavailable,
 )
-from shared.messages import Cancel, Down, Sampling, TaskEnded
+from shared.messages import Cancel, Down, Sampling, StatusQuery, StatusReply, TaskEnded
 from tests.nats_server import NatsServer
 from tests.scheduler.players import (
     MODEL,
@@ -59,8 +60,8 @@ async def known(bus: Bus, je: str, *tes: str) -> None:
 
 
 async def test_least_loaded_first_and_explained(bus: Bus, je: str, client: Client) -> None:
-    """A request goes to the TE with the least outstanding work, as one GENERATE task, and the status says why."""
-    async with Te(bus, "te-busy", outstanding_s=5.0) as busy, Te(bus, "te-idle") as idle:
+    """A request goes to the TE that would answer first, as one GENERATE task, and the status says why."""
+    async with Te(bus, "te-busy", waiting_tokens=5000) as busy, Te(bus, "te-idle") as idle:
         await known(bus, je, "te-busy", "te-idle")
         accepted = await client.submit("r1")
         assert (accepted.te, accepted.by, accepted.attempt) == ("te-idle", je, 1)
@@ -71,7 +72,25 @@ async def test_least_loaded_first_and_explained(bus: Bus, je: str, client: Clien
         assert decision["chosen"] == "te-idle"
         assert [c["te"] for c in decision["candidates"]] == ["te-idle", "te-busy"]
         assert decision["answers"] == [["te-idle", "accepted"]]
-        assert decision["candidates"][1]["outstanding_s"] == 5.0
+        assert 4000 < decision["candidates"][1]["queued_tokens"] <= 5000
+
+
+async def test_a_placement_can_be_asked_for(bus: Bus, je: str, client: Client) -> None:
+    """The verb `placement` of all JEs tells of one request what was decided and, once it is over, what came of it."""
+    async with Te(bus, "te-a") as te:
+        await known(bus, je, "te-a")
+        await client.submit("r1")
+        await te.ended(te.tasks[0], "stop")
+
+        async def told() -> bool:
+            query = StatusQuery(verb="placement", argument="r1")
+            subject = bus.subjects.status("scheduler", "all")
+            reply = await bus.request(subject, query, StatusReply, timeout_s=5)
+            [decision] = json.loads(reply.body)["decisions"]
+            assert (decision["request"], decision["chosen"]) == ("r1", "te-a")
+            return decision.get("actual", {}).get("finish") == "stop"
+
+        await eventually(told)
 
 
 async def test_a_burst_is_spread(bus: Bus, je: str, client: Client) -> None:
@@ -85,7 +104,11 @@ async def test_a_burst_is_spread(bus: Bus, je: str, client: Client) -> None:
 
 async def test_a_full_te_passes_the_request_on(bus: Bus, je: str, client: Client) -> None:
     """On `overloaded` the next candidate is asked; TEs the client wants to avoid come last."""
-    async with Te(bus, "te-a") as a, Te(bus, "te-b", outstanding_s=1.0) as b, Te(bus, "te-c") as c:
+    async with (
+        Te(bus, "te-a") as a,
+        Te(bus, "te-b", waiting_tokens=1000) as b,
+        Te(bus, "te-c") as c,
+    ):
         await known(bus, je, "te-a", "te-b", "te-c")
         a.says = Overloaded("full")
         accepted = await client.submit("r1", avoid=["te-c"])
@@ -97,9 +120,9 @@ async def test_three_are_tried_then_429(bus: Bus, je: str, client: Client) -> No
     """When three TEs are full the client gets 429 with the shortest wait they named; a fourth is not asked."""
     async with (
         Te(bus, "te-1") as one,
-        Te(bus, "te-2", outstanding_s=1.0) as two,
-        Te(bus, "te-3", outstanding_s=2.0) as three,
-        Te(bus, "te-4", outstanding_s=3.0) as four,
+        Te(bus, "te-2", waiting_tokens=1000) as two,
+        Te(bus, "te-3", waiting_tokens=2000) as three,
+        Te(bus, "te-4", waiting_tokens=3000) as four,
     ):
         await known(bus, je, "te-1", "te-2", "te-3", "te-4")
         for te, wait_s in ((one, 9.0), (two, 4.0), (three, 6.0), (four, 2.0)):
@@ -115,14 +138,14 @@ async def test_a_te_nobody_answers_for_is_skipped(bus: Bus, je: str, client: Cli
     """A TE whose subject has no listener costs one round trip, and the request goes to the next."""
     gone = Te(bus, "te-gone")
     gone.serves = False
-    async with gone, Te(bus, "te-b", outstanding_s=1.0):
+    async with gone, Te(bus, "te-b", waiting_tokens=1000):
         await known(bus, je, "te-gone", "te-b")
         assert (await client.submit("r1")).te == "te-b"
 
 
 async def test_silence_is_ambiguous(bus: Bus, je: str, client: Client) -> None:
     """A TE that leaves a task unanswered is told to drop it, the gateway is told to come again, and then it is last."""
-    async with Te(bus, "te-a") as a, Te(bus, "te-b", outstanding_s=1.0) as b:
+    async with Te(bus, "te-a") as a, Te(bus, "te-b", waiting_tokens=1000) as b:
         await known(bus, je, "te-a", "te-b")
         a.says = "silence"
         with pytest.raises(Unavailable) as refused:
@@ -143,7 +166,7 @@ async def test_refusals_of_the_request_itself(bus: Bus, je: str, client: Client)
     with pytest.raises(InvalidRequest) as kind:
         await client.submit("r3", kind="telepathy")
     assert kind.value.param == "kind"
-    async with Te(bus, "te-a") as te, Te(bus, "te-b", outstanding_s=1.0) as other:
+    async with Te(bus, "te-a") as te, Te(bus, "te-b", waiting_tokens=1000) as other:
         await known(bus, je, "te-a", "te-b")
         te.says = InvalidRequest("too long", param="messages")
         with pytest.raises(InvalidRequest, match="too long") as refused:
@@ -272,7 +295,7 @@ async def test_a_silent_gateways_requests_are_dropped(bus: Bus, je: str, client:
 
 async def test_dead_and_draining_tes_get_nothing(bus: Bus, je: str, client: Client) -> None:
     """A `Down` counts at once, although the TE's last beats still come; a draining TE takes nothing new."""
-    async with Te(bus, "te-a") as a, Te(bus, "te-b", outstanding_s=1.0) as b:
+    async with Te(bus, "te-a") as a, Te(bus, "te-b", waiting_tokens=1000) as b:
         await known(bus, je, "te-a", "te-b")
         await bus.publish(bus.subjects.down("te", "te-a"), Down(kind="te", id="te-a", reason="x"))
         await bus.flush()

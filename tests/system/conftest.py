@@ -19,6 +19,7 @@ def stack(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     instance = Stack(
         tmp_path_factory.mktemp("stack") / "home", test_cache(), models=[MODEL], workers=2
     )
+    instance.env["DEEPFLOW_JOB_LEASE_S"] = "2"
     try:
         instance.start()
         yield instance

@@ -10,7 +10,7 @@ from services.worker.flowserve.decoder import Decoder
 from services.worker.flowserve.engine import Engine, EngineSettings
 from services.worker.flowserve.outcome import StepOutput
 from shared import blockhash
-from shared.messages import Delta, Request, Sampling, TokenLogprobs
+from shared.messages import Band, Delta, Request, Sampling, TokenLogprobs
 
 PAGE = 16
 ROOT = blockhash.root(b"secret", "tiny")
@@ -30,6 +30,8 @@ def request(
     ended: Iterable[int] = (),
     deadline_ms: int = 60_000,
     page: int = PAGE,
+    band: Band = Band.DEFAULT,
+    tenant: str = "t",
     **fields: Any,
 ) -> Request:
     prompt = PROMPT if prompt is None else prompt
@@ -38,7 +40,7 @@ def request(
         attempt=attempt,
         client=client,
         model="tiny",
-        tenant="t",
+        tenant=tenant,
         prompt=prompt,
         root=ROOT,
         hashes=blockhash.chain(ROOT, [abs(token) for token in prompt], page),
@@ -47,6 +49,7 @@ def request(
         park_ms=0,
         output=output or [],
         ended=list(ended),
+        band=band,
     )
 
 

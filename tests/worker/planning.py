@@ -7,11 +7,12 @@ from collections import deque
 from hashlib import blake2b
 from itertools import count
 
+from services.worker.flowserve.plan import StepPlan
 from services.worker.flowserve.rtc.master import RtcMaster
-from services.worker.flowserve.scheduler import Scheduler, StepPlan
+from services.worker.flowserve.scheduler import Scheduler
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
 from shared import blockhash
-from shared.messages import Request, Sampling
+from shared.messages import Band, Request, Sampling
 
 PAGE = 4
 EOS = 0
@@ -70,13 +71,16 @@ class Bench:
         max_tokens: int,
         n: int = 1,
         given: list[list[int]] | None = None,
+        *,
+        band: Band = Band.DEFAULT,
+        tenant: str = "t",
     ) -> SequenceGroup:
         request = Request(
             request=f"r{len(self.groups)}",
             attempt=0,
             client="c",
             model="m",
-            tenant="t",
+            tenant=tenant,
             prompt=prompt,
             root=ROOT,
             hashes=blockhash.chain(ROOT, prompt, PAGE),
@@ -84,6 +88,7 @@ class Bench:
             deadline_ms=1000,
             park_ms=0,
             output=given or [],
+            band=band,
         )
         group = SequenceGroup(
             request,
@@ -127,7 +132,7 @@ class Bench:
         """Launch a plan, if one can be made, after proving that it overtakes nobody and keeps within its limits."""
         scheduler = self.scheduler
         num_preemptions, is_ahead = scheduler.num_preemptions, bool(self.on_their_way)
-        waiting = scheduler.waiting.copy()
+        waiting, running = list(scheduler.waiting), scheduler.running.copy()
         inside = {chunk.sequence for plan, _ in self.on_their_way for chunk in plan.chunks}
         sampled = {sequence for plan, _ in self.on_their_way for sequence in plan.sampled}
         plan = scheduler.schedule(ahead=len(self.on_their_way))
@@ -137,16 +142,31 @@ class Bench:
         assert sum(chunk.length for chunk in plan.chunks) <= scheduler.max_batched_tokens
         assert len(plan.chunks) <= scheduler.max_num_seqs
         assert not is_ahead or scheduler.num_preemptions == num_preemptions
-        num_admitted = sum(s.status is Status.RUNNING for s in waiting)
-        assert all(s.status is Status.RUNNING for s in waiting[:num_admitted]), "overtaken"
+        self._check_order(waiting, running)
         if plan.chunks:
             self.on_their_way.append((plan, [c.sequence.table.copy() for c in plan.chunks]))
         elif not is_ahead:
             assert not scheduler.running, "running, but does not move"
         if not is_ahead and scheduler.running and not scheduler.running[0].is_complete:
-            # With the admissions by age, this bounds every wait: who is oldest moves in every step.
-            assert any(chunk.sequence is scheduler.running[0] for chunk in plan.chunks)
+            # With the order of admission this bounds every wait: of those that are next, somebody moves in every step.
+            first = scheduler.running[0]
+            moved = [chunk.sequence for chunk in plan.chunks]
+            assert any(s.band == first.band for s in moved)
+            assert first in moved or first.num_remaining > 1
         return bool(plan.chunks)
+
+    def _check_order(self, waiting: list[Sequence], running: list[Sequence]) -> None:
+        """Prove of a plan just made, before which these waited and ran: nobody was overtaken by a later one of its
+        tenant or by a lower band, and who had to give way was the last."""
+        admitted = [s for s in waiting if s.status is Status.RUNNING]
+        left = [s for s in waiting if s.status is Status.WAITING]
+        for one in left:
+            assert all(s.band <= one.band for s in admitted), "overtaken by a lower band"
+            others = [s for s in admitted if s.group.share is one.group.share]
+            assert all(s.rank < one.rank for s in others), "overtaken by a later one"
+        gone = [s for s in running if s.status is Status.WAITING]
+        kept = [s for s in running if s.status is Status.RUNNING]
+        assert all(s.rank < one.rank for s in kept for one in gone), "not the last gave way"
 
     def run(self) -> None:
         for _ in range(10_000):

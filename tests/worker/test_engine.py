@@ -412,29 +412,6 @@ def test_an_interrupted_step_is_taken_again(tiny_config: ModelConfig) -> None:
 # ------------------------------------------------------------------------------------------------------ introspection
 
 
-def test_load_tells_what_is_left_to_do(decoder: ArithmeticDecoder) -> None:
-    """Slots, blocks and predicted work, growing with what is submitted and gone when it is done."""
-    bench = Bench(decoder, max_num_seqs=2)
-    idle = bench.engine.load()
-    assert (idle.running, idle.waiting, idle.free_slots) == (0, 0, 2)
-    assert idle.outstanding_s == idle.blocks_used == idle.step_ms == 0
-    outstanding = 0.0
-    for name in "abc":
-        bench.submit(request(name))
-        assert bench.engine.load().outstanding_s > outstanding
-        outstanding = bench.engine.load().outstanding_s
-    bench.step()
-    busy = bench.engine.load()
-    assert (busy.running, busy.waiting, busy.free_slots) == (2, 1, 0)
-    assert busy.blocks_used == 10
-    bench.run()
-    done = bench.engine.load()
-    assert (done.running, done.waiting, done.outstanding_s) == (0, 0, 0)
-    assert done.blocks_cached > 0
-    assert bench.engine.counters["requests_length"] == 3
-    assert bench.engine.counters["generation_tokens"] == 3 * 24
-
-
 def test_the_pool_is_sized_by_tokens_or_bytes(tmp_path: Path) -> None:
     """Tokens are rounded up to blocks, bytes down; too few bytes are refused."""
     folder = make_tiny(tmp_path / "tiny")

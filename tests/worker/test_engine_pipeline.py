@@ -20,7 +20,7 @@ from services.worker.flowserve.decoder import (
     as_pipeline,
 )
 from services.worker.flowserve.pace import FIRST_PREFILL_S
-from services.worker.flowserve.scheduler import StepPlan
+from services.worker.flowserve.plan import StepPlan
 from services.worker.flowserve.stream import Launch, open_stream
 from tests.worker.arithmetic import ArithmeticDecoder, ArithmeticPipeline, DelayedPipeline
 from tests.worker.bench import GREEDY, PROMPT, SEEDED, Bench, request

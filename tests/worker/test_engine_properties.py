@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.flowserve.config import ModelConfig
-from shared.messages import Cancel, Request
+from shared.messages import Band, Cancel, Request
 from tests.worker.arithmetic import CYCLE, ArithmeticDecoder, ArithmeticPipeline
 from tests.worker.bench import PROMPT, Bench, request
 
@@ -36,12 +36,15 @@ class Arrival:
     kind: int
     cancel_after: int | None
     keep: int | None
+    band: Band
+    tenant: str
 
     def request(self, name: str) -> Request:
         start = 20 * self.prompt_start
         prompt = PROMPT[start : start + self.prompt_length]
         fields = {"max_tokens": self.max_tokens, "n": self.n, "ignore_eos": False}
-        return request(name, prompt, seed=self.kind, **fields, **KINDS[self.kind])
+        whose: dict[str, Any] = {"band": self.band, "tenant": self.tenant}
+        return request(name, prompt, seed=self.kind, **whose, **fields, **KINDS[self.kind])
 
 
 arrivals = st.builds(
@@ -54,6 +57,8 @@ arrivals = st.builds(
     kind=st.integers(0, len(KINDS) - 1),
     cancel_after=st.none() | st.integers(0, 20),
     keep=st.none() | st.integers(0, 8),
+    band=st.sampled_from([Band.DEFAULT, *Band]),
+    tenant=st.sampled_from("aab"),
 )
 
 
@@ -91,7 +96,8 @@ def test_no_load_changes_a_token_or_loses_a_block(
     tiny_config: ModelConfig,
     truths: dict[tuple[Arrival, int], Bench],
 ) -> None:
-    """In pools far too small, a step ahead or not, guessing or not, in a pipeline or not, with cancels and faults:
+    """In whichever bands, in pools far too small, a step ahead or not, guessing or not, in a pipeline or not, with
+    cancels and faults:
     every choice ends once, with the tokens (and logprobs) it has alone or the first of them, and the ledger balances
     after each step."""
     decoder = (
@@ -153,7 +159,8 @@ def _alone(
     config: ModelConfig,
     truths: dict[tuple[Arrival, int], Bench],
 ) -> Bench:
-    key = replace(one, step=0, cancel_after=None, keep=None), num_layers
+    plain = replace(one, step=0, cancel_after=None, keep=None, band=Band.DEFAULT, tenant="a")
+    key = plain, num_layers
     if key not in truths:
         decoder = ArithmeticDecoder(config, habit=6, num_layers=num_layers)
         truths[key] = Bench(decoder, max_num_seqs=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from services.worker.meters import Meters
 from shared.messages import TeBeat
 from shared.metrics import Metrics
@@ -46,3 +48,25 @@ def test_counters_of_fetches_and_copies_live_on_over_a_restart() -> None:
     text = metrics.text().decode()
     assert 'deepflow_kv_copied_pages_total{model_name="m",te="0"} 8.0' in text
     assert 'deepflow_kv_fetched_arena_total{model_name="m",te="0"} 2.0' in text
+
+
+def test_what_bands_got_and_were_refused_is_told_apart() -> None:
+    """A series for each band, of tokens and of refusals; and how much of the work taken on yields."""
+    metrics = Metrics()
+    meters = Meters(metrics)
+    told = beat(
+        "te-1", tokens_batch=70, tokens_default=30, refused_batch=2, yields=4, tokens_taken_over=9
+    )
+    meters.beat("0", replace(told, outstanding_s=3.0, outstanding_batch_s=2.0, waiting_tokens=11))
+    text = metrics.text().decode()
+    for line in (
+        'deepflow_te_band_tokens_total{band="batch",model_name="m",te="0"} 70.0',
+        'deepflow_te_band_tokens_total{band="default",model_name="m",te="0"} 30.0',
+        'deepflow_te_refusals_total{band="batch",model_name="m",te="0"} 2.0',
+        'deepflow_te_yields_total{model_name="m",te="0"} 4.0',
+        'deepflow_kv_tokens_taken_over_total{model_name="m",te="0"} 9.0',
+        'deepflow_te_outstanding_batch_seconds{model_name="m",te="0"} 2.0',
+        'deepflow_te_waiting_tokens{model_name="m",te="0"} 11.0',
+    ):
+        assert line in text
+    assert 'band="taken_over"' not in text

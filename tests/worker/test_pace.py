@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.worker.flowserve.pace import Pace
+from services.worker.flowserve.pace import MAX_SURE_STEPS, SURE_STEPS, Pace
 
 
 def learned() -> Pace:
@@ -51,3 +51,66 @@ def test_output_still_to_come_is_bounded_by_what_is_allowed() -> None:
 def test_work_outstanding_is_prefill_plus_shared_decode_steps() -> None:
     """Eight choices of 50 tokens each take 50 steps together."""
     assert learned().outstanding_s(200, 400, 8) == pytest.approx(0.1 + 50 * 0.02)
+
+
+def test_a_prefill_is_priced_by_tokens_not_by_steps() -> None:
+    """A step of few tokens, which takes long for each, says little about a long prompt."""
+    pace = Pace()
+    assert pace.measured_prefill_s == 0.0
+    for _ in range(50):
+        pace.observe(0.1, num_decodes=0, num_prefill_tokens=1000)
+        pace.observe(0.01, num_decodes=0, num_prefill_tokens=2)
+    assert pace.measured_prefill_s < 2e-4
+    assert pace.prefill_s(1000) > 0.1
+
+
+def test_how_long_a_prompt_takes_at_least_is_told_by_full_steps() -> None:
+    """Neither the first steps, which are slow, nor those of a few tokens count; what is left is halved, and once more
+    for each stage of a pipeline after the first."""
+    for num_stages in (1, 4):
+        pace = Pace(max_tokens=256, num_stages=num_stages)
+        for _ in range(100):
+            pace.observe(0.5, num_decodes=0, num_prefill_tokens=5)
+        assert pace.least_prefill_s(1000) == 0.0
+        for number in range(SURE_STEPS):
+            assert pace.least_prefill_s(1000) == 0.0
+            pace.observe(30.0 if number < 3 else 0.2, num_decodes=0, num_prefill_tokens=200)
+        assert pace.least_prefill_s(1000) == pytest.approx(1.0 / (2 * num_stages))
+
+
+def test_what_was_measured_on_a_slow_machine_is_doubted_in_the_end() -> None:
+    """Each request that is given up for it counts against it, until others are computed again and tell better."""
+    pace = Pace(max_tokens=100)
+    for _ in range(1000):
+        pace.observe(100.0, num_decodes=0, num_prefill_tokens=100)
+    given_up = 0
+    while pace.least_prefill_s(100) == 50.0:
+        pace.doubt()
+        given_up += 1
+    assert given_up <= MAX_SURE_STEPS
+    assert pace.least_prefill_s(100) == 0.0
+    for _ in range(SURE_STEPS):
+        pace.observe(0.1, num_decodes=0, num_prefill_tokens=100)
+    assert pace.least_prefill_s(100) == pytest.approx(0.05)
+
+
+def test_an_expected_length_goes_before_the_average() -> None:
+    """What was predicted of this very choice counts, up to what it may have; at least one more token is to come."""
+    pace = Pace()
+    pace.observe_output(50)
+    assert pace.output_left(10, 1000) == 40
+    assert pace.output_left(10, 1000, 300) == 290
+    assert pace.output_left(10, 200, 300) == 190
+    assert pace.output_left(400, 1000, 300) == 1
+
+
+def test_what_one_more_sequence_adds_to_a_step() -> None:
+    """The slope between the batches measured; half of a share while there is one size, and nothing before."""
+    pace = Pace()
+    assert pace.row_s == 0.0
+    pace.observe(0.010, num_decodes=1, num_prefill_tokens=0)
+    assert pace.row_s == pytest.approx(0.005)
+    pace.observe(0.031, num_decodes=8, num_prefill_tokens=0)
+    assert pace.row_s == pytest.approx(0.003)
+    pace.observe(0.0, num_decodes=16, num_prefill_tokens=0)
+    assert pace.row_s == 0.0

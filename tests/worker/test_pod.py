@@ -10,15 +10,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
 import pytest
 
 from shared.errors import DeepFlowError, Unavailable
-from shared.messages import Registration, Replay, Replayed, TeBeat
+from shared.job_messages import Training, TrainingEnded
+from shared.length_table import LengthTable
+from shared.messages import Accepted, Registration, Replay, Replayed, TeBeat
 from tests.nats_server import NatsServer
+from tests.scheduler.prompts import records
 from tests.worker.peers import MODEL, Peer, Worker, tokens
+from tests.worker.test_training import packed
 
 pytestmark = pytest.mark.service
 LONG = 12_000
@@ -260,3 +265,24 @@ async def test_streams_survive_a_restart_of_the_bus(
         await peer.until(lambda: peer.beats[te].state == "ready" and peer.beats[te] is not beats[0])
         registered = await (await peer.bus.table("registrations")).all(Registration)
         assert te in registered
+
+
+async def test_a_pod_host_trains_beside_its_tes(
+    nats: NatsServer, start: Callable[..., Worker]
+) -> None:
+    """A training goes to the pod host by its name and ends in a table, while its TE serves on."""
+    start()
+    ends: list[TrainingEnded] = []
+    async with Peer.on(nats.url) as peer:
+        te = await peer.ready()
+        bus, pod = peer.bus, peer.beats[te].pod
+        await bus.listen(bus.subjects.events("je-1"), (TrainingEnded,), ends.append)
+        data = packed(records(Random(1), 250))
+        order = Training(task="j.1", job="j", je="je-1", kind="predictor", model=MODEL, data=data)
+        accepted = await bus.request(bus.subjects.task(pod), order, Accepted, timeout_s=5)
+        assert (accepted.request, accepted.by) == ("j.1", pod)
+        await peer.send(te, peer.request("a", max_tokens=20))
+        assert len(tokens(await peer.end("a"))) == 20
+        await until(lambda: ends, timeout_s=30)
+        assert (ends[0].pod, ends[0].failure) == (pod, None)
+        assert LengthTable.from_bytes(ends[0].result).num_buckets > 1

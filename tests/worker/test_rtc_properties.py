@@ -16,7 +16,7 @@ from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.decoder import View
 from services.worker.flowserve.outcome import Want
 from services.worker.flowserve.rtc.promise import Lease
-from shared.messages import Cancel, Delta, Keep, Request
+from shared.messages import Band, Cancel, Delta, Keep, Request
 from tests.worker.arithmetic import ArithmeticDecoder, ArithmeticPipeline
 from tests.worker.bench import PROMPT, Bench, request
 from tests.worker.courier import Courier, StagedDecoder, handover_of, held
@@ -41,12 +41,15 @@ class Arrival:
     cancel_after: int | None
     splits: bool
     keeps: bool
+    band: Band
+    tenant: str
 
     def request(self, name: str) -> Request:
         prompt = PROMPT[20 * self.prompt_start :][: self.prompt_length]
         fields: dict[str, Any] = {"max_tokens": self.max_tokens, "n": 1 if self.splits else self.n}
         keep = Keep(id=f"k{self.prompt_start}", ttl_ms=5000) if self.keeps else None
         fields |= {"seed": self.kind, "ignore_eos": False, **KINDS[self.kind]}
+        fields |= {"band": self.band, "tenant": self.tenant}
         return replace(request(name, prompt, deadline_ms=10**7, **fields), keep=keep)
 
 
@@ -61,6 +64,8 @@ arrivals = st.builds(
     cancel_after=st.none() | st.integers(0, 20),
     splits=st.booleans(),
     keeps=st.booleans(),
+    band=st.sampled_from([Band.DEFAULT, Band.BATCH, *Band]),
+    tenant=st.sampled_from("aab"),
 )
 
 
@@ -189,9 +194,9 @@ def test_no_traffic_changes_a_token_or_loses_a_block(
     tiny_config: ModelConfig,
     truths: dict[Any, Bench],
 ) -> None:
-    """In pools far too small, with fetches, copies, leases, hand-overs and named caches at any time: every choice has
-    the tokens and logprobs it has alone, pages read under a lease that held are what they were, the ledger balances
-    after each step, and in the end nobody holds anything."""
+    """In pools far too small, with bands, fetches, copies, leases, hand-overs and named caches at any time: every
+    choice has the tokens and logprobs it has alone, pages read under a lease that held are what they were, the ledger
+    balances after each step, and in the end nobody holds anything."""
     store: dict[bytes, bytes] = {}
     couriers = []
     # Pages of a pipeline have as many layers as it has stages: then both are of two layers.

@@ -10,6 +10,7 @@ from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.scheduler import Scheduler
 from services.worker.flowserve.sequence import SequenceGroup, Status
 from shared import blockhash
+from shared.messages import Band
 from tests.worker.planning import EOS, PAGE, ROOT, Bench, distinct, output, truth
 
 
@@ -62,7 +63,7 @@ def test_output_past_the_kept_tokens_is_not_indexed() -> None:
             bench.step()
         if cut_after_end:
             bench.run()
-            bench.scheduler.trim(sequence, 5)
+            bench.scheduler.holdings.trim(sequence, 5)
         else:
             bench.scheduler.end(sequence, "cancelled", keep=5)
         kept = sequence.tokens[: 8 + 5]
@@ -186,6 +187,8 @@ arrivals = st.lists(
         st.integers(1, 3),  # n
         st.integers(0, 1),  # family of prompts: those of one family share prefixes
         st.one_of(st.none(), st.tuples(st.integers(0, 10), st.integers(0, 3))),  # cancel, keep
+        st.sampled_from([Band.DEFAULT, *Band]),
+        st.sampled_from("aab"),  # tenant
     ),
     max_size=10,
 )
@@ -202,7 +205,7 @@ arrivals = st.lists(
     spread_chunks=st.booleans(),
 )
 def test_every_choice_ends_once_with_the_tokens_of_an_unscheduled_decoder(
-    load: list[tuple[int, int, int, int, int, tuple[int, int] | None]],
+    load: list[tuple[int, int, int, int, int, tuple[int, int] | None, Band, str]],
     num_blocks: int,
     max_num_seqs: int,
     spare_tokens: int,
@@ -210,18 +213,19 @@ def test_every_choice_ends_once_with_the_tokens_of_an_unscheduled_decoder(
     num_stages: int,
     spread_chunks: bool,
 ) -> None:
-    """Whatever arrives and is cancelled, in pools far too small: no deadlock, no loss, no foreign page, no leak."""
+    """Whatever arrives and is cancelled, in whichever bands, in pools far too small: no deadlock, no loss, no foreign
+    page, no leak, nobody overtaken (`Bench.plan`), and nobody left behind."""
     max_batched_tokens = max_num_seqs + spare_tokens
     bench = Bench(
         num_blocks, max_num_seqs, max_batched_tokens, EOS, depth, num_stages, spread_chunks
     )
     cancels: dict[int, list[tuple[SequenceGroup, int]]] = {}
-    by_step: dict[int, list[tuple[int, int, int, int, tuple[int, int] | None]]] = {}
+    by_step: dict[int, list[tuple[int, int, int, int, tuple[int, int] | None, Band, str]]] = {}
     for step, *rest in load:
         by_step.setdefault(step, []).append(tuple(rest))  # type: ignore[arg-type]
     for step in range(40):
-        for length, max_tokens, n, family, cancel in by_step.get(step, []):
-            group = bench.add(distinct(length, family), max_tokens, n)
+        for length, max_tokens, n, family, cancel, band, tenant in by_step.get(step, []):
+            group = bench.add(distinct(length, family), max_tokens, n, band=band, tenant=tenant)
             if cancel is not None:
                 cancels.setdefault(step + cancel[0], []).append((group, cancel[1]))
         for group, keep in cancels.get(step, []):

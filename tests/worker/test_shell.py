@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidRequest, NotFound, Overloaded
-from shared.messages import Cancel, ModelEntry, Registration, Replay, Replayed, TaskKind
+from shared.messages import Band, Cancel, ModelEntry, Registration, Replay, Replayed, TaskKind
 from shared.rtc_messages import BlocksDump, BlocksQuery
 from tests.nats_server import NatsServer
 from tests.worker.peers import KV_TOKENS, MODEL, PROMPT, Peer, Worker, tokens
@@ -63,6 +63,10 @@ async def test_a_task_is_answered_and_streamed_to_its_end(peer: Peer) -> None:
     (ended,) = peer.ended
     assert (ended.task, ended.finish, ended.te) == ("a1.0", "length", te)
     assert (ended.prompt_tokens, ended.output_tokens) == (len(PROMPT), 12)
+    assert 0 <= ended.first_token_ms <= ended.total_ms
+    await peer.until(lambda: peer.beats[te].counters["tokens_default"] >= len(PROMPT) + 12)
+    assert peer.beats[te].prefill_us > 0
+    assert peer.beats[te].decode_us > 0
 
 
 async def test_several_streams_share_the_frames_of_a_step(peer: Peer) -> None:
@@ -153,6 +157,27 @@ async def test_a_full_te_says_so_at_once(peer: Peer) -> None:
     for name in names[1:]:
         await peer.cancel(te, peer.request(name))
     assert len(tokens(await peer.end("g-late"))) == 8
+
+
+async def test_band_batch_fills_a_te_and_yields_to_whoever_comes(peer: Peer) -> None:
+    """It is refused where it would wait for long; what comes in another band is taken, run at once, and ends long
+    before; the beats tell how much of the work yields."""
+    te = await peer.ready()
+    names = [f"y{number}" for number in range(4)]
+    for name in names:
+        await peer.send(te, peer.request(name, max_tokens=LONG, band=Band.BATCH))
+    with pytest.raises(Overloaded):
+        await peer.send(te, peer.request("y-late", band=Band.BATCH))
+    await peer.until(lambda: peer.beats[te].running == 4)
+    assert peer.beats[te].outstanding_batch_s == peer.beats[te].outstanding_s > 0
+    yields = peer.beats[te].counters["yields"]
+    await peer.send(te, peer.request("y-now"))
+    assert len(tokens(await peer.end("y-now"))) == 8
+    assert not any(ended.request in names for ended in peer.ended)
+    await peer.until(lambda: peer.beats[te].counters["yields"] == yields + 1)
+    assert peer.beats[te].counters["refused_batch"] >= 1
+    for name in names:
+        await peer.cancel(te, peer.request(name))
 
 
 async def test_a_cancel_ends_the_stream_and_frees_its_blocks(peer: Peer) -> None:

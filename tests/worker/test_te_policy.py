@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.worker.admission import REMEMBERED_S, Admission
+from services.worker.admission import REMEMBERED_S, Admission, Owed
 from services.worker.clients import GRACE_S, SILENCE_S, Clients
 from services.worker.flowserve.backend import Backend
 from services.worker.flowserve.config import ModelConfig
@@ -25,7 +25,7 @@ from services.worker.tally import Tally
 from shared.catalog import open_model
 from shared.config import ConfigError
 from shared.errors import InvalidRequest, Overloaded, Unavailable
-from shared.messages import Request, Sampling, Task, TaskKind
+from shared.messages import Band, Request, Sampling, Task, TaskKind
 from shared.restarts import LIMIT, LONGEST_S, WINDOW_S, Restarts
 from tests.worker.peers import MODEL, make_model
 
@@ -45,13 +45,22 @@ def task(name: str, *, attempt: int = 0, n: int = 1, **fields: Any) -> Task:
         park_ms=0,
         ended=fields.pop("ended", []),
     )
+    request = replace(request, band=fields.pop("band", Band.DEFAULT))
     kind = fields.pop("kind", TaskKind.GENERATE)
     return Task(task=f"{name}.{attempt}", job=name, je="je-1", kind=kind, request=request)
 
 
-def books(max_choices: int = 4, validate: Callable[[Request], None] = lambda _: None) -> Admission:
+def books(
+    max_choices: int = 4,
+    validate: Callable[[Request], None] = lambda _: None,
+    max_batch_choices: int | None = None,
+) -> Admission:
     return Admission(
-        model=MODEL, max_choices=max_choices, validate=validate, retry_after_s=lambda: 7.0
+        model=MODEL,
+        max_choices=max_choices,
+        max_batch_choices=max_batch_choices,
+        validate=validate,
+        retry_after_s=lambda band: 7.0 if band is Band.DEFAULT else 70.0,
     )
 
 
@@ -65,7 +74,7 @@ def test_a_repeated_task_is_taken_once_and_remembered_past_its_end() -> None:
     assert not admission.admit(task("a"), 1.0)
     ended = admission.ended("a", 0, 2.0)
     assert ended is not None
-    assert ended.task == "a.0"
+    assert ended.task.task == "a.0"
     assert not admission.admit(task("a"), 2.0 + REMEMBERED_S)
     assert admission.admit(task("a"), 2.1 + REMEMBERED_S)
     assert admission.num_choices == 1
@@ -79,7 +88,7 @@ def test_a_newer_attempt_takes_the_place_of_the_older_one() -> None:
     with pytest.raises(InvalidRequest):
         admission.admit(task("a", attempt=1), 0.0)
     ends = [admission.ended("a", attempt, 0.0) for attempt in (0, 1, 2)]
-    assert [end and end.task for end in ends] == ["a.0", None, "a.2"]
+    assert [end and end.task.task for end in ends] == ["a.0", None, "a.2"]
     assert admission.num_choices == 0
 
 
@@ -111,13 +120,13 @@ def test_the_te_that_prefilled_may_decode_the_same_attempt() -> None:
     assert not admission.admit(prefill, 0.0)
     with pytest.raises(InvalidRequest):
         admission.admit(decode, 0.0)
-    assert admission.ended("a", 0, 1.0) is prefill
+    assert admission.ended("a", 0, 1.0) == Owed(prefill, 0.0)
     assert not admission.admit(prefill, 1.0)
     assert admission.admit(decode, 1.0)
     assert not admission.admit(decode, 1.0)
     assert not admission.admit(prefill, 1.0)
     assert admission.num_choices == 1
-    assert admission.ended("a", 0, 2.0) is decode
+    assert admission.ended("a", 0, 2.0) == Owed(decode, 1.0)
     assert not admission.admit(decode, 2.0)
     assert not admission.admit(prefill, 2.0)
     assert admission.num_choices == 0
@@ -135,6 +144,29 @@ def test_the_bound_counts_choices_and_says_when_to_come_again() -> None:
     assert admission.admit(task("c"), 0.0)
 
 
+def test_band_batch_never_makes_a_te_refuse_anything_else() -> None:
+    """Its bound is its own, and counts what is more urgent; the others' bounds do not count it."""
+    admission = books(max_choices=4, max_batch_choices=2)
+    admission.admit(task("b1", band=Band.BATCH), 0.0)
+    admission.admit(task("b2", band=Band.BATCH), 0.0)
+    with pytest.raises(Overloaded) as refused:
+        admission.admit(task("b3", band=Band.BATCH), 0.0)
+    assert refused.value.retry_after_s == 70.0  # not what others would be told
+    assert admission.counters["refused_batch"] == 1
+    for name in ("d1", "d2", "d3", "d4"):
+        assert admission.admit(task(name), 0.0)
+    with pytest.raises(Overloaded):
+        admission.admit(task("d5"), 0.0)
+    assert admission.admit(task("p", band=Band.PRIORITY), 0.0)
+    with pytest.raises(Overloaded):
+        admission.admit(task("f", band=Band.FLEX), 0.0)
+    for name in ("b1", "b2"):
+        admission.ended(name, 0, 1.0)
+    with pytest.raises(Overloaded):  # nothing is idle here
+        admission.admit(task("b4", band=Band.BATCH), 1.0)
+    assert admission.num_choices == 5
+
+
 def test_a_request_wider_than_the_bound_runs_alone() -> None:
     """Someone who asks for more choices than the bound is not refused for ever."""
     admission = books(max_choices=2)
@@ -144,19 +176,27 @@ def test_a_request_wider_than_the_bound_runs_alone() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.integers(1, 3), st.booleans()))
+    st.lists(
+        st.tuples(
+            st.sampled_from("abc"),
+            st.integers(0, 3),
+            st.integers(1, 3),
+            st.booleans(),
+            st.sampled_from(list(Band)),
+        )
+    )
 )
 def test_the_count_of_choices_is_the_sum_over_owed_tasks(
-    moves: list[tuple[str, int, int, bool]],
+    moves: list[tuple[str, int, int, bool, Band]],
 ) -> None:
-    """Whatever comes and ends, the count equals what is owed."""
+    """Whatever comes and ends, in whichever band, the count equals what is owed."""
     admission = books(max_choices=4)
-    for now, (name, attempt, n, ends) in enumerate(moves):
+    for now, (name, attempt, n, ends, band) in enumerate(moves):
         if ends:
             admission.ended(name, attempt, float(now))
         else:
             with contextlib.suppress(InvalidRequest, Overloaded):
-                admission.admit(task(name, attempt=attempt, n=n), float(now))
+                admission.admit(task(name, attempt=attempt, n=n, band=band), float(now))
         owed = [one.request for one in admission.tasks()]
         assert admission.num_choices == sum(request.sampling.n for request in owed)
 
@@ -166,7 +206,7 @@ def test_the_count_of_choices_is_the_sum_over_owed_tasks(
 
 def watch(clients: Clients, start: float, end: float) -> dict[str, float]:
     """When each client was found lost, looking four times a second."""
-    found = {}
+    found: dict[str, float] = {}
     for tick in itertools.count():
         now = start + tick / 4
         if now > end:

@@ -14,7 +14,8 @@ from deepflow.bench import machine
 from deepflow.bench.report import Report
 from deepflow.bench.rtc import index, transport
 from deepflow.bench.rtc.plan import BARS, Plan
-from deepflow.bench.rtc.trace import BLOCK, Call, Tiers, read, replay
+from deepflow.bench.rtc.trace import Tiers, replay
+from deepflow.sim.trace import BLOCK, Call, read
 
 # Blocks of 512 tokens: of a small, a middling and a large TE, with a host tier eight times as large.
 TIERS: Final = tuple(Tiers(device, 8 * device) for device in (250, 1000, 4000))

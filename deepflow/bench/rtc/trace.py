@@ -1,45 +1,30 @@
-"""Traces in Mooncake's format, and what a bounded cache makes of them: hit rates beside the ideal.
+"""What a bounded cache makes of a trace: hit rates beside the ideal.
 
-A line is one request: `timestamp` (ms), `input_length` and `output_length` (tokens), `hash_ids`, one per 512 tokens of
-the prompt, the same for the same prefix. Requests are replayed one after another against the real RTC master (the
-device) and the real store of the host's arena (with pages of a few bytes: what counts is which are there), at the
-granularity of the trace: a page is one of its blocks. What is computed is written through, as in the platform.
+Requests are replayed one after another against the real RTC master (the device) and the real store of the host's arena
+(with pages of a few bytes: what counts is which are there), at the granularity of the trace: a page is one of its
+blocks. What is computed is written through, as in the platform.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from random import Random
-from typing import Any, Final
+from typing import Final
 
-import orjson
-
+from deepflow.sim.trace import BLOCK, Call
 from services.cache.arena import Arena
 from services.worker.flowserve.rtc.master import RtcMaster
 from shared.arena.segment import PageKind
 from shared.arena.writer import Writer
-from shared.errors import InvalidRequest
 from shared.rtc_messages import Commit
 
-BLOCK: Final = 512  # tokens
 _KIND: Final = PageKind("trace", "trace", 16)
 _SLOT_BYTES: Final = 4096 + 64  # of the smallest slot there is
 _SEGMENT_BYTES: Final = 1 << 20
 _TE: Final = "te"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One request of a trace."""
-
-    timestamp_ms: int
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,58 +54,6 @@ class Hits:
             "trace_hit_ideal": self.ideal / asked,
             f"trace_hit_vs_ideal_{label}": (self.device + self.host) / max(self.ideal, 1),
         }
-
-
-def read(path: Path) -> list[Call]:
-    """Raises InvalidRequest for a file that is no such trace, naming the line."""
-    calls = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InvalidRequest(f"{path}: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            raw: dict[str, Any] = orjson.loads(line)
-            times = int(raw["timestamp"]), int(raw["input_length"]), int(raw["output_length"])
-            calls.append(Call(*times, tuple(int(one) for one in raw["hash_ids"])))
-        except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"{path}, line {number}: no request of a trace") from error
-    if not calls:
-        raise InvalidRequest(f"{path}: no requests in it")
-    return calls
-
-
-def generate(num: int, seed: int, *, num_prompts: int = 20, num_turns: int = 6) -> Iterator[str]:
-    """A trace of conversations, line by line: each begins with one of a few system prompts (the first ones by far the
-    most used) and grows by some blocks with every turn."""
-    random = Random(seed)
-    next_id = num_prompts * 4
-    open_: list[list[int]] = []
-    now_ms = 0
-    for _ in range(num):
-        now_ms += int(random.expovariate(1 / 300))
-        if len(open_) < 40 or random.random() < 1 / num_turns:
-            prompt = min(int(random.paretovariate(1.0)) - 1, num_prompts - 1)
-            chain = [prompt * 4 + n for n in range(1 + prompt % 4)]
-            open_.append(chain)
-            if len(open_) > 60:
-                open_.pop(random.randrange(len(open_)))
-        else:
-            chain = random.choice(open_)
-        num_new = random.randint(1, 6)
-        chain += range(next_id, next_id + num_new)
-        next_id += num_new
-        tail = random.randrange(BLOCK)
-        yield orjson.dumps(
-            {
-                "timestamp": now_ms,
-                "input_length": (len(chain) - 1) * BLOCK + tail + 1,
-                "output_length": random.randint(1, 500),
-                "hash_ids": chain,
-            }
-        ).decode()
 
 
 def replay(calls: Iterable[Call], tiers: Tiers) -> Hits:

@@ -18,13 +18,26 @@ from shared.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """What every object of one answer repeats. `created` is in seconds since the epoch."""
+    """What every object of one answer repeats. `created` is in seconds since the epoch. `service_tier`: what the answer
+    was given in, if the caller asked for one."""
 
     id: str
     chat: bool
     model: str
     created: int
     fingerprint: str
+    service_tier: str | None = None
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        """What an object of this kind ("chat.completion", "text_completion", ...) begins with."""
+        begin = {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+        return begin if self.service_tier is None else {**begin, "service_tier": self.service_tier}
 
 
 def error_body(error: DeepFlowError) -> dict[str, Any]:
@@ -125,11 +138,7 @@ def whole(
         choice["finish_reason"] = finish[index]
         choices.append(choice)
     return {
-        "id": header.id,
-        "object": "chat.completion" if header.chat else "text_completion",
-        "created": header.created,
-        "model": header.model,
-        "system_fingerprint": header.fingerprint,
+        **header.fields("chat.completion" if header.chat else "text_completion"),
         "choices": choices,
         "usage": usage_body(usage),
     }

@@ -42,13 +42,7 @@ class ChunkWriter:
         self._tokenizer = tokenizer
         self._with_usage = with_usage
         self._begun = [not header.chat] * num_choices
-        head = {
-            "id": header.id,
-            "object": "chat.completion.chunk" if header.chat else "text_completion",
-            "created": header.created,
-            "model": header.model,
-            "system_fingerprint": header.fingerprint,
-        }
+        head = header.fields("chat.completion.chunk" if header.chat else "text_completion")
         self._head = orjson.dumps(head)[:-1] + b',"choices":['
         text = b',"delta":{"content":' if header.chat else b',"text":'
         self._before_text = [

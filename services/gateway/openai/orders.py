@@ -25,6 +25,7 @@ from services.gateway.openai.fields import (
     text,
     wrong_type,
 )
+from services.gateway.tiers import TIERS
 from shared.errors import InvalidRequest
 from shared.messages import Keep
 
@@ -77,6 +78,7 @@ class Order:
     ignore_eos: bool
     skip_special: bool
     logprobs: int | None  # alternatives beside each token; None: no logprobs
+    service_tier: str | None = None
     cache: str | None = None  # the context cache whose messages or text go before
     # What the engine may take over from other prompts, an approximation: texts of a chat, or ranges of token ids.
     chunk_texts: list[str] = field(default_factory=list)
@@ -260,7 +262,7 @@ SAMPLING: Final[dict[str, Field]] = {
     "include_stop_str_in_output": Field(flag, False),
     "skip_special_tokens": Field(flag, True),
     "user": Field(text(4096)),
-    "service_tier": Field(one_of("auto", "default")),
+    "service_tier": Field(one_of(*TIERS)),
     "cache": Field(text(256, empty=False)),
 }
 CHAT: Final[dict[str, Field]] = {
@@ -383,7 +385,7 @@ def _order(values: dict[str, Any], **own: Any) -> Order:
     same = (
         *("model", "stream", "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k"),
         *("min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
-        *("seed", "stop", "stop_token_ids", "ignore_eos", "cache"),
+        *("seed", "stop", "stop_token_ids", "ignore_eos", "cache", "service_tier"),
     )
     return Order(
         **{name: values[name] for name in same},

@@ -14,7 +14,6 @@ is), and pooled embeddings are one more kind of output row beside `StepInput.sam
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -22,28 +21,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.worker.flowserve import pic
-from services.worker.flowserve.decoder import (
-    Decoder,
-    Span,
-    Splice,
-    StepInput,
-    as_pipeline,
-    can_splice,
-)
-from services.worker.flowserve.life import Requests
+from services.worker.flowserve.composer import Composer
+from services.worker.flowserve.decoder import Decoder, as_pipeline, can_splice
+from services.worker.flowserve.life import Requests, band_tokens
+from services.worker.flowserve.load import measure
 from services.worker.flowserve.outcome import ClientDelta, EngineLoad, StepOutput
 from services.worker.flowserve.pace import Pace
+from services.worker.flowserve.plan import StepPlan
 from services.worker.flowserve.rtc.chunks import ChunkTable
 from services.worker.flowserve.rtc.master import RtcMaster
-from services.worker.flowserve.sampler import Row
-from services.worker.flowserve.scheduler import Scheduler, StepPlan
-from services.worker.flowserve.sequence import HANDED, Sequence, Status
+from services.worker.flowserve.scheduler import Scheduler
+from services.worker.flowserve.sequence import HANDED, Status
 from services.worker.flowserve.splicing import Splicing
 from services.worker.flowserve.spmd.crew import Loss
 from services.worker.flowserve.stream import Launch, open_stream
 from services.worker.flowserve.traffic import Traffic
 from shared import catalog, errors
-from shared.messages import Cancel, Delta, Failure, Handover, Replay, Request
+from shared.messages import Band, Cancel, Delta, Failure, Handover, Replay, Request
 
 COUNTERS = (
     "steps",
@@ -52,6 +46,7 @@ COUNTERS = (
     "prefix_queries",
     "prefix_hits",
     "preemptions",
+    "yields",
     "spec_proposed",
     "spec_accepted",
     "requests_stop",
@@ -61,6 +56,7 @@ COUNTERS = (
     "requests_handed",
     "leases_broken",
     "tokens_taken_over",
+    *map(band_tokens, Band),
 )
 
 
@@ -123,6 +119,7 @@ class Engine(Traffic):
             num_stages=self._num_stages,
             spread_chunks=settings.spread_chunks,
         )
+        self._pace = Pace(max_tokens=settings.max_batched_tokens, num_stages=self._num_stages)
         self._requests = Requests(
             self._scheduler,
             context=self.context,
@@ -131,8 +128,9 @@ class Engine(Traffic):
             eos_ids=self._eos_ids,
             keep_finished_s=settings.keep_finished_s,
             counters=self.counters,
+            pace=self._pace,
         )
-        self._pace = Pace()
+        self._composer = Composer(self._eos_ids, self.vocab)
         # Predicted, of the step under way; kept past its end, for until that is noticed the step counts as under way.
         self._step_s = 0.0
         decoder.allocate(settings.num_blocks, settings.page)
@@ -208,7 +206,12 @@ class Engine(Traffic):
     # --------------------------------------------------------------------------------------------------- requests
 
     def submit(
-        self, request: Request, *, prefill_only: bool = False, handover: Handover | None = None
+        self,
+        request: Request,
+        *,
+        prefill_only: bool = False,
+        handover: Handover | None = None,
+        expected_output: int = 0,
     ) -> None:
         """Take responsibility for a request: each of its live choices will end in exactly one terminal delta.
 
@@ -218,11 +221,16 @@ class Engine(Traffic):
         `prefill_only`: after its next token, unless that ends it, it is over here: its last delta `moves`, its pages
         are leased, and `StepOutput.prefilled` says what the next TE has to know. `handover`: this is that TE; the
         tokens in there, the last ones of `request.output`, can be replayed from here. The engine that handed a request
-        over may go on with it itself. Both are for one choice.
+        over may go on with it itself. Both are for one choice. `expected_output`: tokens of a choice that `load` counts
+        on; 0: what choices bring here on average.
         Raises InvalidRequest if the request can never run here or comes too late.
         """
         group = self._requests.submit(
-            request, self._clock(), prefill_only=prefill_only, handover=handover
+            request,
+            self._clock(),
+            prefill_only=prefill_only,
+            handover=handover,
+            expected_output=expected_output,
         )
         if group is None:
             return
@@ -313,7 +321,7 @@ class Engine(Traffic):
             return False
         launch = None
         try:
-            launch = self._compose(plan, before)
+            launch = self._composer.compose(plan, before)
             self._launches.append(launch)
             self._predict()
             self._stream.launch(launch)
@@ -323,39 +331,6 @@ class Engine(Traffic):
             raise
         return True
 
-    def _compose(self, plan: StepPlan, before: Launch | None) -> Launch:
-        """The step as its decoder and the sampler want it."""
-        tokens: list[int] = []
-        spans: list[Span] = []
-        sample_rows: list[int] = []
-        unknown: list[tuple[int, int]] = []
-        rows: list[Row] = []
-        splices: list[Splice] = []
-        for sequence, start, length, samples, draft, taken in plan.chunks:
-            known = sequence.tokens
-            if start == len(known):  # its one row takes the token that the step before is to sample
-                unknown.append((len(tokens), sequence.slot))
-                tokens.append(0)
-            else:
-                tokens += known[start : start + length]
-                tokens += draft
-            spans.append(Span(start, length, sequence.table.copy()))
-            splices += (one.splice(spans[-1].table) for one in taken)
-            if samples:
-                sequence.slot = len(rows)
-                rows.append(sequence.row or self._make_row(sequence))
-                sample_rows += range(len(tokens) - 1 - len(draft), len(tokens))
-        return Launch(
-            plan=plan,
-            input=StepInput(tokens, spans, sample_rows, splices),
-            rows=rows,
-            drafts=[chunk.draft for chunk in plan.chunks if chunk.samples]
-            if plan.has_drafts
-            else None,
-            unknown=unknown,
-            before=before,
-        )
-
     def _predict(self) -> None:
         """How long the engine may now be silent: until the oldest step is done, in a pipeline until all inside are."""
         inside = list(self._launches) if self._num_stages > 1 else [self._launches[0]]
@@ -363,18 +338,6 @@ class Engine(Traffic):
             self._pace.step_s(launch.plan.num_decodes, launch.plan.num_prefill_tokens)
             for launch in inside
         )
-
-    def _make_row(self, sequence: Sequence) -> Row:
-        """The sampler's view of a choice; made before its first token here is sampled, and kept up by the sampler."""
-        sequence.row = Row(
-            sequence.sampling,
-            sequence.choice,
-            sequence.group.request.prompt,
-            sequence.tokens[sequence.num_prompt :],
-            stop_ids=self._eos_ids.union(sequence.sampling.stop_token_ids),
-            vocab=self.vocab,
-        )
-        return sequence.row
 
     def _apply(self, launch: Launch) -> None:
         plan, results, now = launch.plan, launch.results, self._clock()
@@ -385,7 +348,7 @@ class Engine(Traffic):
             self.counters["generation_tokens"] += count
             if run[0].logprobs is not None:
                 sequence.logprobs += [s.logprobs for s in run[:count] if s.logprobs is not None]
-            self._requests.extend(sequence, count)
+            self._requests.extend(sequence, count, now)
             if sequence.finish is not None:
                 if sequence.finish == HANDED:
                     self._bequests.hand(sequence, now)
@@ -418,7 +381,7 @@ class Engine(Traffic):
             self._withdraw(launch.plan)
         elif not self._stream.fills_in:
             launch.rows = [
-                self._make_row(sequence) if sequence.row is row else row
+                self._composer.row(sequence) if sequence.row is row else row
                 for sequence, row in zip(launch.plan.sampled, launch.rows, strict=True)
             ]
 
@@ -438,10 +401,11 @@ class Engine(Traffic):
         requests.deltas, requests.ended = [], []
         self._report_pages(output)
         self.counters["preemptions"] = scheduler.num_preemptions
+        self.counters["yields"] = scheduler.num_yields
         self.counters["prefix_queries"] = scheduler.num_queried_tokens
         self.counters["prefix_hits"] = scheduler.num_hit_tokens
-        self.counters["spec_proposed"] = scheduler.num_guessed_tokens
-        self.counters["spec_accepted"] = scheduler.num_right_tokens
+        self.counters["spec_proposed"] = scheduler.drafts.num_guessed_tokens
+        self.counters["spec_accepted"] = scheduler.drafts.num_right_tokens
         self.counters["tokens_taken_over"] = scheduler.num_taken_tokens
         self.counters["leases_broken"] = self._rtc.num_broken
         return output
@@ -449,36 +413,8 @@ class Engine(Traffic):
     # ------------------------------------------------------------------------------------------------ introspection
 
     def load(self) -> EngineLoad:
-        """How busy the engine is. May be called from another thread: it reads copies and single values."""
-        scheduler = self._scheduler
-        running, waiting = scheduler.running.copy(), scheduler.waiting + scheduler.fetching
-        held = [sequence for group in list(scheduler.held.values()) for sequence in group]
-        num_seqs = len(running) + len(waiting) + len(held)
-        batch = -(-min(num_seqs, self.settings.max_num_seqs) // self._num_stages)  # decode together
-        # Held choices will find their prompt in the cache: only their decoding counts.
-        num_known = sum(sequence.num_remaining for sequence in running + waiting)
-        to_come = [
-            self._pace.output_left(s.num_output, s.last_known - s.num_prompt)
-            for s in running + waiting + held
-        ]
-        page = self.settings.page
-        num_needed = sum(
-            max(math.ceil((s.num_known + more) / page) - len(s.table), 0)
-            for s, more in zip(running + waiting, to_come, strict=False)
-        )
-        blocks = self._rtc.ledger()
-        return EngineLoad(
-            running=len(running),
-            waiting=len(waiting) + len(held),
-            free_slots=max(self.settings.max_num_seqs - num_seqs, 0),
-            outstanding_s=self._pace.outstanding_s(num_known, sum(to_come), batch),
-            blocks_total=blocks["total"],
-            blocks_used=blocks["live"] + blocks["moving"],
-            blocks_cached=blocks["cached"],
-            blocks_leased=blocks["leased"],
-            blocks_reserved=num_needed,
-            step_ms=round(self._step_s * 1000) if num_seqs else 0,
-        )
+        """How busy the engine is. May be called from another thread."""
+        return measure(self._scheduler, self._rtc, self._pace, step_s=self._step_s)
 
     def ledger(self) -> dict[str, int | dict[str, int]]:
         """Blocks by state, and live block references by owner "request#attempt/choice"."""

@@ -1,9 +1,9 @@
 """The life of fetches: requests whose pages are brought to the device before they are computed.
 
 A fetch is born when a request lacks full pages, and says which (a `Want`). Whoever can bring some hands in how; blocks
-are taken for them, oldest request first; the RTC executor fills them; what landed is held until the request is admitted
-and finds it by the ordinary match. Whatever fails or comes too late, the request goes on without it, and computes.
-This module must not know where the bytes come from.
+are taken for them, in the order of admission; the RTC executor fills them; what landed is held until the request is
+admitted and finds it by the ordinary match. Whatever fails or comes too late, the request goes on without it, and
+computes. This module must not know where the bytes come from.
 """
 
 from __future__ import annotations
@@ -118,15 +118,23 @@ class Fetches:
 
     def advance(self) -> None:
         """Move every fetch on as far as it goes: before a step is planned."""
+        self._scheduler.lacking = None
         if not self._fetches:
             return
         for request, fetch in list(self._fetches.items()):
             if fetch.sequence.status in (Status.RUNNING, Status.ENDED):
                 self._drop(self._fetches.pop(request))  # and make room, also for older ones
         has_room = True
-        for fetch in self._fetches.values():
+        scheduler = self._scheduler
+        ranked = sorted(self._fetches.values(), key=lambda fetch: scheduler.turn(fetch.sequence))
+        first = scheduler.waiting.first()
+        if first is not None:
+            self._yield(ranked, first, -(-first.num_known // self._page))
+        for fetch in ranked:
             if fetch.sequence.status is Status.FETCHING:
                 has_room = self._move(fetch, has_room)
+        if scheduler.lacking is not None:
+            self._yield(ranked, *scheduler.lacking)
 
     def close(self) -> None:
         """Nothing will be computed any more."""
@@ -143,13 +151,14 @@ class Fetches:
         return fetch if fetch.sequence.status is Status.FETCHING else None
 
     def _move(self, fetch: _Fetch, has_room: bool) -> bool:
-        """Whether there is room for younger ones."""
+        """Whether there is room for later ones."""
         for part in fetch.parts:
             if part.ticket is None and has_room:
                 spare = self._scheduler.num_blocks_before(fetch.sequence)
                 part.ticket = self._rtc.populate(part.hashes, part.before, spare=spare)
                 if part.ticket is None:
                     has_room = False
+                    self._scheduler.lacking = fetch.sequence, len(part.hashes) + spare
                     break
                 fetch.tickets.append(part.ticket)
                 part.after = self._launches[-1] if self._launches else None
@@ -165,6 +174,18 @@ class Fetches:
         ):
             self._scheduler.fetched(fetch.sequence)
         return has_room
+
+    def _yield(self, ranked: list[_Fetch], sequence: Sequence, num_blocks: int) -> None:
+        """Let go of what was brought for lower bands than this one's, the last first, until so many blocks are
+        available. They go on without; what is not evicted meanwhile they still find."""
+        for fetch in reversed(ranked):
+            other = fetch.sequence
+            if num_blocks <= self._rtc.num_available or other.band <= sequence.band:
+                return
+            if any(ticket.held for ticket in fetch.tickets):
+                self._drop(self._fetches.pop(other.group.request.request))
+                if other.status is Status.FETCHING:
+                    self._scheduler.fetched(other)
 
     def _load(self, part: _Part, ticket: Ticket) -> None:
         part.has_begun = True

@@ -10,10 +10,11 @@ from collections import Counter, OrderedDict
 
 from services.worker.flowserve import pic, sampler
 from services.worker.flowserve.outcome import ClientDelta, Ended, delta_of
+from services.worker.flowserve.pace import Pace
 from services.worker.flowserve.scheduler import Scheduler
 from services.worker.flowserve.sequence import HANDED, Sequence, SequenceGroup, Status
 from shared import errors
-from shared.messages import Cancel, Delta, Failure, Handover, Replay, Request, Sampling
+from shared.messages import Band, Cancel, Delta, Failure, Handover, Replay, Request, Sampling
 
 MAX_CHOICES = 128  # of one request
 _NO_DEADLINE_MS = 365 * 86_400_000
@@ -26,14 +27,16 @@ def local_request(
     *,
     root: bytes = bytes(32),
     chunks: list[list[int]] | None = None,
+    tenant: str = "",
+    band: Band = Band.DEFAULT,
 ) -> Request:
-    """A request made where the engine is: no client, no tenant, no deadline. `root` begins its pages' hashes."""
+    """A request made where the engine is: no client, no deadline. `root` begins its pages' hashes."""
     return Request(
         request=name,
         attempt=0,
         client="",
         model="",
-        tenant="",
+        tenant=tenant,
         prompt=prompt,
         root=root,
         hashes=[],
@@ -41,7 +44,13 @@ def local_request(
         deadline_ms=_NO_DEADLINE_MS,
         park_ms=0,
         chunks=chunks or [],
+        band=band,
     )
+
+
+def band_tokens(band: Band) -> str:
+    """The counter of the tokens of a band's requests, prompt and output, once they have ended."""
+    return f"tokens_{band.name.lower()}"
 
 
 class Requests:
@@ -57,6 +66,7 @@ class Requests:
         eos_ids: frozenset[int],
         keep_finished_s: float,
         counters: Counter[str],
+        pace: Pace,
     ) -> None:
         self.context = context
         self.vocab = vocab
@@ -67,6 +77,7 @@ class Requests:
         self.ended: list[Ended] = []
         self.counters = counters
         self._scheduler = scheduler
+        self._pace = pace
         self._keep_finished_s = keep_finished_s
         self._arrivals = 0
         # Over, but kept for replays and repeated submissions, with the time they may be forgotten.
@@ -83,6 +94,7 @@ class Requests:
         *,
         prefill_only: bool = False,
         handover: Handover | None = None,
+        expected_output: int = 0,
     ) -> SequenceGroup | None:
         """As `Engine.submit`; None if it is here already."""
         self._forget(now)
@@ -117,6 +129,7 @@ class Requests:
             eos_ids=self.eos_ids,
             hands_over=prefill_only,
             handover=handover,
+            expected_output=expected_output,
         )
         self._finished.pop(request.request, None)
         self.live[request.request] = group
@@ -149,7 +162,7 @@ class Requests:
             if sequence.status is not Status.ENDED:
                 deltas.append(self._end(sequence, "cancelled", keep=cancel.keep))
             elif cancel.keep is not None:
-                self._scheduler.trim(sequence, cancel.keep)
+                self._scheduler.holdings.trim(sequence, cancel.keep)
         self.settle(group, now)
         return deltas
 
@@ -222,15 +235,46 @@ class Requests:
     # -------------------------------------------------------------------------------------------------- what time does
 
     def pass_time(self, now: float) -> None:
-        """Forget what was kept long enough, and end requests past their deadline."""
+        """Forget what was kept long enough, and end requests past their deadline, or that would not get another token
+        before it: nothing is computed for them."""
         self._forget(now)
-        for group in [g for g in self.live.values() if g.deadline <= now]:
+        horizon = now + self._pace.least_prefill_s(self.context)
+        for group in [g for g in self.live.values() if g.deadline <= horizon]:
+            if group.deadline > now:
+                if not self._is_late(group, group.deadline - now):
+                    continue
+                self._pace.doubt()
             failure = Failure(
                 code=errors.DeadlineExceeded.code,
-                message=f"not finished within {group.request.deadline_ms} ms",
+                message=f"not to be finished within {group.request.deadline_ms} ms",
             )
             self.deltas += self._end_all(group, "failed", failure)
             self.settle(group, now)
+
+    def _is_late(self, group: SequenceGroup, left_s: float) -> bool:
+        """Whether certainly no choice gets another token in the time that is left."""
+        going = [sequence for sequence in group.live() if sequence.status is not Status.HELD]
+        if group.chunks or not going:
+            return False  # how much is left to compute is not known yet
+        least_s = self._pace.least_prefill_s
+        # Steps on their way may be done at any moment.
+        return all(least_s(one.num_known - one.num_planned) > left_s for one in going) and all(
+            least_s(self._num_uncached(one)) > left_s for one in going
+        )
+
+    def _num_uncached(self, sequence: Sequence) -> int:
+        """Tokens to compute before its next one, at the least; 0 while some are computed for, or brought to, another or
+        itself."""
+        if sequence.status is Status.RUNNING:
+            return sequence.num_known - sequence.num_planned
+        scheduler = self._scheduler
+        hashes = sequence.page_hashes((sequence.num_known - 1) // self.page)
+        num_here = scheduler.pool.num_present(hashes)
+        following = hashes[num_here : num_here + 1]
+        others = (*scheduler.running, *scheduler.fetching)
+        if following and any(one.hashes[num_here : num_here + 1] == following for one in others):
+            return 0
+        return sequence.num_known - num_here * self.page
 
     def _forget(self, now: float) -> None:
         for kept in (self._finished, self._cancelled):
@@ -239,8 +283,10 @@ class Requests:
 
     # ----------------------------------------------------------------------------------------------- what steps bring
 
-    def extend(self, sequence: Sequence, num_new: int) -> None:
+    def extend(self, sequence: Sequence, num_new: int, now: float) -> None:
         """Report the last `num_new` tokens of a choice, and its end if they brought it."""
+        if sequence.group.first_token is None:
+            sequence.group.first_token = now
         delta = delta_of(sequence, sequence.num_output - num_new)
         self.deltas.append(ClientDelta(sequence.group.request.client, delta))
 
@@ -261,7 +307,8 @@ class Requests:
             (f for f in ("failed", "cancelled", "length", HANDED) if f in finishes), "stop"
         )
         num_output = sum(sequence.num_output for sequence in group.sequences)
-        self._report_end(request, finish, group.num_cached or 0, num_output)
+        cached = group.num_cached or 0
+        self._report_end(request, finish, cached, num_output, group.first_token)
 
     # ------------------------------------------------------------------------------------------------------ internals
 
@@ -287,7 +334,14 @@ class Requests:
     ) -> list[ClientDelta]:
         return [self._end(sequence, finish, failure=failure) for sequence in list(group.live())]
 
-    def _report_end(self, request: Request, finish: str, cached: int, output: int) -> None:
+    def _report_end(
+        self,
+        request: Request,
+        finish: str,
+        cached: int,
+        output: int,
+        first_token: float | None = None,
+    ) -> None:
         ended = Ended(
             request=request.request,
             attempt=request.attempt,
@@ -296,7 +350,9 @@ class Requests:
             prompt_tokens=len(request.prompt),
             cached_tokens=cached,
             output_tokens=output,
+            first_token=first_token,
         )
         self.ended.append(ended)
         self.counters[f"requests_{finish}"] += 1
         self.counters["prompt_tokens"] += ended.prompt_tokens
+        self.counters[band_tokens(request.band)] += ended.prompt_tokens + output

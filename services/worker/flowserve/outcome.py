@@ -18,7 +18,8 @@ class ClientDelta(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A request is over: all its choices have ended. `finish` is the worst of theirs."""
+    """A request is over: all its choices have ended. `finish` is the worst of theirs, `first_token` when the engine's
+    clock saw the first token."""
 
     request: str
     attempt: int
@@ -27,6 +28,7 @@ class Ended:
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    first_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,10 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """For beats and placement. `outstanding_s` is predicted work, `step_ms` the predicted present step (0: idle).
+    """For beats and placement. `outstanding_s` is predicted work, `outstanding_batch_s` what of it yields to all other,
+    `step_ms` the predicted present step (0: idle). `free_slots` may be had at once, for band BATCH yields them.
+    `waiting_tokens` are to be computed before they give a token, band BATCH apart. `prefill_us` and `decode_us` are per
+    token of one sequence, and `decode_row_us` is what one more sequence adds to a decode step; 0: not measured yet.
 
     `blocks_used` cannot be had now, `blocks_leased` only at the price of a promise, `blocks_reserved` are those that
     what was taken on is predicted to need beyond the ones it has.
@@ -94,6 +99,11 @@ class EngineLoad:
     waiting: int
     free_slots: int
     outstanding_s: float
+    outstanding_batch_s: float
+    waiting_tokens: int
+    prefill_us: float
+    decode_us: float
+    decode_row_us: float
     blocks_total: int
     blocks_used: int
     blocks_cached: int

@@ -35,89 +35,54 @@ Bytes that move to or from blocks do so beside the steps, in no order with them.
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Iterable
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Final
 
-from services.worker.flowserve.rtc.chunks import ChunkTable, Taken
+from services.worker.flowserve.drafts import Drafts
+from services.worker.flowserve.holdings import Holdings
+from services.worker.flowserve.plan import Chunk, StepPlan, extend, next_row, take_back
 from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.sequence import Sequence, SequenceGroup, Status
 from services.worker.flowserve.speculation import Speculator
-from shared.messages import Failure
+from shared.fairness import FairQueue
+from shared.messages import Band, Failure
 
-TAKEN_PER_ROW = 16  # positions that are taken over in the time of one row, at the least
+# Of the rows of a step, band BATCH gets so many at the most while others run: one in so many of the budget. The others'
+# next tokens wait for the whole step.
+FILLED_SHARE: Final = 16
 
-by_age = attrgetter("order")
+by_rank = attrgetter("rank")
+by_band = attrgetter("band")
 GOING = (Status.RUNNING, Status.WAITING, Status.FETCHING)
 
 
-class Chunk(NamedTuple):
-    """Rows of one sequence in one step: `length` tokens from position `start`.
-
-    `samples`: the chunk reaches the last known token, so its last row gives the next one. With a `draft`, the guesses
-    are the last of its rows, and each of them samples too. `taken`: what is taken over right before `start`.
-    """
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: bool
-    draft: list[int] | tuple[()] = ()
-    taken: tuple[Taken, ...] = ()
-
-    @property
-    def num_taken(self) -> int:
-        """Positions taken over."""
-        return sum(one.stop - one.start for one in self.taken)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes."""
-
-    chunks: list[Chunk]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
-
-    @property
-    def num_decodes(self) -> int:
-        """Rows of decoding sequences, their guesses included."""
-        return sum(c.length for c in self.chunks if c.length == 1 + len(c.draft))
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return sum(c.length for c in self.chunks if c.length > 1 + len(c.draft))
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether some sequence may get more than one token."""
-        return any(chunk.draft for chunk in self.chunks)
-
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that get tokens, in the order `update` wants them."""
-        return [chunk.sequence for chunk in self.chunks if chunk.samples]
-
-
 class Scheduler:
-    """First come, first served over the blocks of one `RtcMaster`.
+    """Bands, fair shares and ages (`fairness.py`) over the blocks of one `RtcMaster`.
 
-    Why nothing deadlocks or starves. A sequence is admitted only with blocks for all its known tokens, so only decoding
-    can run out of blocks; then the youngest running sequence gives up its own and waits to be recomputed. Nobody is
-    submitted who would not fit the pool alone, so the oldest running sequence always gets its block: leases and other
-    promises give way to it, and where all that is left is moving, which ends by itself, it waits for that. Should it
-    hold too many itself (pages that it computed beside another, and the other's, which its next ones build on), it is
-    preempted as the last, and admitted again with one block for each. Whoever waits is admitted strictly by age, so
-    nothing overtakes a long prompt for ever; if nobody runs, promises give way to it too, and nothing is brought for
-    younger ones into what it needs (`num_blocks_before`). Requires max_batched_tokens >= max_num_seqs: every decoding
-    sequence moves on in every step, and a prefill among them gets at least one row.
+    Who waits is admitted in the order of the queue, strictly: nothing overtakes a long prompt that lacks blocks, but
+    what a fair share or a higher band puts before it. Running prompts get their rows in the same order. Who has to give
+    up blocks is a matter of rank alone, the band and then the age, which do not change.
 
-    In a pipeline a decode that is not inside goes into one of the next `num_stages` micro-batches: the older ones, each
-    in one of them at most, do not fill the shares of all. `max_num_seqs` is over all micro-batches,
+    Band BATCH fills what the others leave. It yields within one step: to whoever waits, or has pages brought, in a
+    higher band, its running sequences give up slots and blocks, youngest first, and go on later from the pages that
+    stay in the index; and its rows come after all others, a few while those run, as many as there is room without.
+
+    Why nothing deadlocks. A sequence is admitted only with blocks for all its known tokens, so only decoding can run
+    out of blocks; then the running sequence of the lowest rank gives up its own and waits to be recomputed. Nobody is
+    submitted who would not fit the pool alone, so the running sequence of the highest rank always gets its block:
+    leases and other promises give way to it, and where all that is left is moving, which ends by itself, it waits for
+    that. Should it hold too many itself (pages that it computed beside another, and the other's, which its next ones
+    build on), it is preempted as the last, and admitted again with one block for each. If nobody runs, promises give
+    way to who is admitted next, too, and nothing is brought for later ones into what it needs (`num_blocks_before`).
+
+    Why nobody starves, but a band for higher ones. Requires max_batched_tokens >= max_num_seqs: every decoding sequence
+    above BATCH moves on in every step, so all that run end. Of a band only those with the smaller share go before one
+    that waits or is being prefilled, and each row they get adds to theirs: see `FairQueue` for the bound.
+
+    In a pipeline a decode that is not inside goes into one of the next `num_stages` micro-batches: those of higher
+    rank, each in one of them at most, do not fill the shares of all. `max_num_seqs` is over all micro-batches,
     `max_batched_tokens` of each. Without `spread_chunks` a prompt stays in one micro-batch: a chunk waits until the one
     before it has left the pipeline. That is slower, and there to be compared with.
     """
@@ -140,90 +105,159 @@ class Scheduler:
         self.page = page
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
-        # Guesses for one sequence; 0: no speculation. How many are right, the steps behind would have to wait for.
-        self.max_draft = max_draft if num_stages == 1 else 0
-        self.max_draft_rows = max_draft_rows  # rows of a step that has guesses among them
         self.num_stages = num_stages
         self.spread_chunks = spread_chunks
-        self.chunk_table: ChunkTable | None = None  # without one nothing is taken over
-        self.running: list[Sequence] = []  # oldest first
-        self.waiting: list[Sequence] = []  # oldest first
+        self.holdings = Holdings(pool, page=page)
+        if num_stages > 1:  # how many guesses are right, the steps behind would have to wait for
+            max_draft = 0
+        self.drafts = Drafts(pool, page=page, max_draft=max_draft, max_rows=max_draft_rows)
+        self.running: list[Sequence] = []  # by rank
+        self.waiting: FairQueue[Sequence] = FairQueue(by_rank)
         self.fetching: list[Sequence] = []
         self.held: dict[SequenceGroup, list[Sequence]] = {}
+        # Who has pages brought, and lacks room for that: so many blocks are to be available.
+        self.lacking: tuple[Sequence, int] | None = None
+        self._closed_from = len(Band)  # bands from this one on admit nobody in this round
         self.num_preemptions = 0
+        self.num_yields = 0  # those of them that made room for a higher band
         self.num_queried_tokens = 0  # known tokens at admission
         self.num_hit_tokens = 0  # those of them found in the index
         self.num_taken_tokens = 0
-        self.num_guessed_tokens = 0
-        self.num_right_tokens = 0  # guesses that were sampled
 
     def add(self, group: SequenceGroup) -> None:
         """Take in a group. Its first choice goes ahead; the others are held until the prompt is computed, then find
         it in the index."""
+        group.share = self.waiting.share(group.request.band, group.request.tenant)
         self.held[group] = list(group.sequences)
         self._release(group, 1)
 
     def fetch(self, sequence: Sequence) -> None:
         """Let a waiting sequence wait for pages first."""
-        self.waiting.remove(sequence)
+        self.waiting.remove(sequence.group.share, sequence)
         self.fetching.append(sequence)
         sequence.status = Status.FETCHING
 
     def fetched(self, sequence: Sequence) -> None:
         """Whatever came: let it wait for admission, in its old place."""
         self.fetching.remove(sequence)
-        insort(self.waiting, sequence, key=by_age)
-        sequence.status = Status.WAITING
+        self._wait(sequence, is_new=False)
 
     def num_blocks_before(self, sequence: Sequence) -> int:
-        """Blocks that are not for pages brought for a fetching one: each that decodes needs one soon, and who waits
-        longer than it goes first."""
-        first = self.waiting[0] if self.waiting else sequence
-        due = -(-first.num_known // self.page) if first.order < sequence.order else 0
-        return len(self.running) + due
+        """Blocks that are not for pages brought for a fetching one: each that decodes needs one soon, and who is
+        admitted before it goes first."""
+        first = self.waiting.first()
+        goes_first = first is not None and self.turn(first) < self.turn(sequence)
+        num_due = -(-first.num_known // self.page) if first is not None and goes_first else 0
+        return len(self.running) + num_due
+
+    def turn(self, sequence: Sequence) -> tuple[int, int, tuple[int, ...]]:
+        """Sorts sequences by who goes first."""
+        return self.waiting.turn(sequence.group.share, sequence)
 
     # -------------------------------------------------------------------------------------------------- decide
 
     def schedule(self, *, ahead: int = 0) -> StepPlan:
-        """The next step: decodes (all, or a micro-batch's share), running prefills, admissions, each oldest first.
+        """The next step: decodes (all, or a micro-batch's share), running and new prefills; then those of band BATCH.
 
         `ahead`: the number of steps on their way. If there are any, the plan is empty where going on would take a
         preemption or guesses, both of which want their results first.
         """
-        num_going = num_decodes = 0
+        self._closed_from = len(Band)
+        if self.lacking is not None and self._may_yield_to_pages(*self.lacking):
+            self._closed_from = Band.BATCH
+            while self._pages_wait and not ahead and self._yield_to(self.lacking[0]):
+                pass
+        num_complete = num_decodes = 0
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self.running:
             is_decode = sequence.num_remaining == 1
             num_decodes += is_decode
             if sequence.is_complete:  # its last token is on its way
-                continue
-            num_going += 1
-            if self.num_stages == 1 or not self._is_inside(sequence):
+                num_complete += 1
+            elif self.num_stages == 1 or not self._is_inside(sequence):
                 (decodes if is_decode else prefills).append(sequence)
-        if ahead and (self._num_blocks_due(decodes) > self.pool.num_available or self._may_guess()):
+        num_slots = self.max_num_seqs + num_complete
+        if ahead and (
+            self._num_blocks_due(decodes) > self.pool.num_available
+            or self.drafts.are_likely(self.running)
+            or self._pages_wait
+            or self._has_to_yield(num_slots)
+        ):
             return StepPlan([])
-        num_preemptions = self.num_preemptions
-        # All of them, so that the micro-batches behind this one have their blocks too.
-        decodes = [sequence for sequence in decodes if self._reserve(sequence)]
+        has_batch = bool(self.running) and self.running[-1].band is Band.BATCH
+        fillers = (_cut_batch(decodes), _cut_batch(prefills)) if has_batch else ([], [])
+        num_most = len(self.running)  # decodes in this step
         if self.num_stages > 1:
-            del decodes[self._share(len(decodes), num_decodes, ahead) :]
-        chunks = [chunk for sequence in decodes for chunk in _chunks(sequence, 1)]
-        budget = self.max_batched_tokens - len(chunks)
-        for sequence in prefills:
-            if budget and sequence.status is Status.RUNNING:
-                budget = _extend(chunks, sequence, budget)
-        # Blocks just taken from someone are not for newcomers.
-        can_admit = num_preemptions == self.num_preemptions
-        while can_admit and budget and self.waiting and num_going < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break
-            num_going += 1
-            budget = _extend(chunks, sequence, budget)
-        if self.max_draft and not ahead:
-            self._add_drafts(chunks, budget)
+            num_most = self._share(len(decodes) + len(fillers[0]), num_decodes, ahead)
+        chunks: list[Chunk] = []
+        quiet = not ahead
+        budget = self.max_batched_tokens
+        budget = self._decode(chunks, budget, decodes, num_most, may_preempt=quiet)
+        budget = self._prefill(chunks, budget, prefills, num_slots, may_yield=quiet)
+        # In a pipeline the others' next tokens wait for this step, though they are not in it.
+        room = budget
+        if self.running and self.running[0].band is not Band.BATCH:
+            room = min(budget, -(-self.max_batched_tokens // FILLED_SHARE))
+        left = room
+        if has_batch:
+            num_most = max(num_most - len(decodes), 0)
+            left = self._decode(chunks, left, fillers[0], num_most, may_preempt=quiet)
+        left = self._prefill(chunks, left, fillers[1], num_slots, is_batch=True)
+        if not ahead:
+            self.drafts.add(chunks, budget - room + left)
         return StepPlan(chunks)
+
+    def _decode(
+        self,
+        chunks: list[Chunk],
+        budget: int,
+        decodes: list[Sequence],
+        num_most: int,
+        *,
+        may_preempt: bool,
+    ) -> int:
+        """Plan a row for `num_most` of these at the most; what is left of the budget."""
+        # A block for each of them, so that the micro-batches behind this one have theirs too.
+        decodes = [sequence for sequence in decodes if self._reserve(sequence, may_preempt)]
+        num_rows = min(num_most, budget, len(decodes))
+        chunks += map(next_row, decodes[:num_rows])
+        return budget - num_rows
+
+    def _prefill(
+        self,
+        chunks: list[Chunk],
+        budget: int,
+        prefills: list[Sequence],
+        num_slots: int,
+        *,
+        is_batch: bool = False,
+        may_yield: bool = False,
+    ) -> int:
+        """Plan rows for running prompts, and admit who waits (in band BATCH or above it), whoever's turn it is; what is
+        left of the budget. Who is next and finds no room keeps all others that wait from it."""
+        is_open = True
+        while budget:
+            sequence = min(prefills, key=self.turn, default=None)
+            newcomer = self._newcomer(is_batch) if is_open else None
+            if newcomer and (sequence is None or self.turn(newcomer) < self.turn(sequence)):
+                is_open = self._admit(newcomer, num_slots, may_yield=may_yield)
+                if is_open:
+                    budget = extend(chunks, newcomer, budget)
+            elif sequence is None:
+                break
+            else:
+                prefills.remove(sequence)
+                if sequence.status is Status.RUNNING:
+                    budget = extend(chunks, sequence, budget)
+        return budget
+
+    def _newcomer(self, is_batch: bool) -> Sequence | None:
+        """Who may be admitted next. Blocks just taken from someone are not for newcomers of its band, or below it."""
+        first = self.waiting.first()
+        if first is None or (first.band is Band.BATCH) != is_batch:
+            return None
+        return first if first.band < self._closed_from else None
 
     def _is_inside(self, sequence: Sequence) -> bool:
         """Whether it has to leave the pipeline before more of it is planned."""
@@ -245,67 +279,50 @@ class Scheduler:
         page = self.page
         return sum(len(sequence.table) * page < sequence.num_expected for sequence in decodes)
 
-    def _may_guess(self) -> bool:
-        """Whether some sequence is likely to have guesses for the step after the one on its way."""
-        return 0 < len(self.running) < self.max_draft_rows * bool(self.max_draft) and any(
-            sequence.speculator.has_match(sequence.tokens) for sequence in self.running
-        )
+    def _reserve(self, sequence: Sequence, may_preempt: bool) -> bool:
+        """A block for the token about to be computed; False if there is none, or the sequence had to give way itself.
 
-    def _add_drafts(self, chunks: list[Chunk], budget: int) -> None:
-        """Extend decodes by guesses, while further rows cost little: in a small step without prompts.
-
-        Guesses take blocks only where there are some to spare, so they preempt nobody and break no promise.
-        """
-        num_spare = min(budget, self.max_draft_rows - len(chunks))
-        if num_spare <= 0 or any(chunk.length > 1 or chunk.taken for chunk in chunks):
-            return
-        for index, (sequence, start, *_) in enumerate(chunks):
-            limit = min(self.max_draft, num_spare, sequence.max_known - sequence.num_known - 1)
-            draft = sequence.speculator.propose(sequence.tokens, limit)
-            while draft and len(sequence.table) * self.page < sequence.num_known + len(draft):
-                if not (self.pool.num_available and self.pool.append_block(sequence.table)):
-                    del draft[len(sequence.table) * self.page - sequence.num_known :]
-                    break
-            if draft:
-                chunks[index] = Chunk(sequence, start, 1 + len(draft), samples=True, draft=draft)
-                num_spare -= len(draft)
-
-    def _reserve(self, sequence: Sequence) -> bool:
-        """A block for the token about to be computed; False if the sequence had to give way itself.
-
-        Decodes are visited oldest first, so a victim, being the youngest, has none reserved in this round yet.
+        Decodes are visited by rank, so a victim, being the last, has none reserved in this round yet.
         """
         while sequence.status is Status.RUNNING:
             if len(sequence.table) * self.page >= sequence.num_expected:
                 return True
             if not self.pool.append_block(sequence.table, firm=True):
-                if len(self.running) == 1 and self.pool.num_moving:
+                if not may_preempt or (len(self.running) == 1 and self.pool.num_moving):
                     return False
                 self._preempt(self.running[-1])
         return False
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Find the known prefix in the index and take blocks for the rest; all or nothing."""
-        group = sequence.group
+    def _admit(self, sequence: Sequence, num_slots: int, *, may_yield: bool) -> bool:
+        """Admit it: find the known prefix in the index and take blocks for the rest; all or nothing."""
+        while len(self.running) >= num_slots:
+            if not (may_yield and self._yield_to(sequence)):
+                return False
+        group, holdings = sequence.group, self.holdings
         num_pages = (sequence.num_known - 1) // self.page  # the last token must be computed
         matched = self.pool.match_by_prefix_token(sequence.page_hashes(num_pages))
         num_rest = -(-sequence.num_known // self.page) - len(matched)
-        self._take_over(sequence, len(matched) * self.page)
+        holdings.take_over(sequence, len(matched) * self.page)
         rest = self.pool.alloc_blocks(num_rest, firm=not self.running)
+        while rest is None and may_yield and self._yield_to(sequence):
+            rest = self.pool.alloc_blocks(num_rest, firm=not self.running)
         if rest is None and sequence.taken and not self.running:
-            self._drop_sources(sequence)  # it does not fit beside what it would take over
+            holdings.drop_sources(sequence)  # it does not fit beside what it would take over
             rest = self.pool.alloc_blocks(num_rest, firm=True)
         if rest is None:
-            self._drop_sources(sequence)
+            holdings.drop_sources(sequence)
             self.pool.free(matched)
             return False
-        del self.waiting[0]
-        insort(self.running, sequence, key=by_age)
+        self.waiting.remove(group.share, sequence)
+        insort(self.running, sequence, key=by_rank)
         sequence.status = Status.RUNNING
         sequence.table = matched + rest
         sequence.num_exact = sequence.taken[0].start if sequence.taken else sequence.max_known
         sequence.num_indexed = len(matched)
         sequence.num_computed = sequence.num_planned = len(matched) * self.page
+        if sequence.num_paid > sequence.num_computed:  # what a preemption cost is not its tenant's
+            group.share.served -= sequence.num_paid - sequence.num_computed
+        sequence.num_paid = 0
         self.num_queried_tokens += sequence.num_known
         self.num_hit_tokens += sequence.num_computed
         num_taken = sum(one.stop - one.start for one in sequence.taken)
@@ -316,26 +333,49 @@ class Scheduler:
             group.num_cached = num_found + max(num_taken - num_new, 0)
         return True
 
-    def _take_over(self, sequence: Sequence, num_found: int) -> None:
-        """Find the chunks of its prompt, of which `num_found` tokens were found as a prefix."""
-        chunks = sequence.group.chunks
-        if self.chunk_table is not None and chunks:
-            sequence.taken = self.chunk_table.take(chunks, sequence.num_prompt, num_found)
+    def _has_to_yield(self, num_slots: int) -> bool:
+        """Whether somebody of band BATCH runs, and who is next, in a higher band, may lack a slot or blocks."""
+        if not self.running or self.running[-1].band is not Band.BATCH:
+            return False
+        first = self.waiting.first()
+        if first is None or first.band is Band.BATCH:
+            return False
+        num_blocks = -(-first.num_known // self.page)
+        return len(self.running) >= num_slots or num_blocks > self.pool.num_available
 
-    def _drop_sources(self, sequence: Sequence) -> None:
-        """Nothing (more) is taken over by this sequence."""
-        for one in sequence.taken:
-            self.pool.free(one.source)
-        sequence.taken = []
+    def _may_yield_to_pages(self, sequence: Sequence, num_blocks: int) -> bool:
+        """Whether a sequence above band BATCH can have its pages brought, at the latest once the band gave way."""
+        if sequence.band is Band.BATCH:
+            return False
+        held: list[set[int]] = [set(), set()]
+        for one in self.running:
+            held[one.band is Band.BATCH].update(one.table)
+        return self.pool.num_available + len(held[True] - held[False]) >= num_blocks
+
+    @property
+    def _pages_wait(self) -> bool:
+        """Whether pages wait for band BATCH to give way."""
+        if self.lacking is None or self._closed_from > Band.BATCH:
+            return False
+        return self.pool.num_available < self.lacking[1]
+
+    def _yield_to(self, sequence: Sequence) -> bool:
+        """Have the youngest of band BATCH give way to one that waits in a higher band; False if there is none."""
+        if not self.running or not sequence.band < self.running[-1].band is Band.BATCH:
+            return False
+        self._preempt(self.running[-1])
+        self.num_yields += 1
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting. Its pages stay in the index, so what is not evicted meanwhile is not computed again."""
         self.running.remove(sequence)
-        self._index(sequence, sequence.num_computed)
-        self._give_back(sequence)
+        self.holdings.index(sequence, sequence.num_computed)
+        self.holdings.give_back(sequence)
+        sequence.num_paid = sequence.num_computed
         sequence.num_computed = sequence.num_planned = 0
-        sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=by_age)
+        self._wait(sequence)  # what its tenant did not ask for while it ran is not saved up
+        self._closed_from = min(self._closed_from, sequence.band)
         self.num_preemptions += 1
 
     # --------------------------------------------------------------------------------------------------- apply
@@ -361,7 +401,7 @@ class Scheduler:
                 continue
             sequence.num_coming -= 1
             if draft:
-                self._learn(sequence, draft, len(new) - 1)
+                self.drafts.learn(sequence, len(draft), len(new) - 1)
             num_known = sequence.num_known
             for token in new:
                 sequence.append(token)
@@ -372,6 +412,7 @@ class Scheduler:
             sequence.num_computed += length - len(draft) + counts[-1] - 1
             if draft:
                 sequence.num_planned = sequence.num_computed
+                sequence.group.share.served += 2 * (counts[-1] - 1)
             self._prompt_computed(sequence, start)
             if sequence.finish is not None:
                 self.end(sequence, sequence.finish)
@@ -380,24 +421,18 @@ class Scheduler:
     def undo(self, plan: StepPlan) -> None:
         """Take back the newest plan on its way, which was not computed: its sequences are as if never planned."""
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            if sequence.status is Status.RUNNING:
-                sequence.num_planned -= chunk.num_taken + chunk.length - len(chunk.draft)
-                sequence.num_coming -= chunk.samples
+            if chunk.sequence.status is Status.RUNNING:
+                take_back(chunk)
 
     def _prompt_computed(self, sequence: Sequence, start: int) -> None:
         """Index what was computed of a prompt from `start` on; once that is all of it, the other choices may go."""
         if start < sequence.num_prompt:
-            self._index(sequence, min(sequence.num_computed, sequence.num_prompt))
+            self.holdings.index(sequence, min(sequence.num_computed, sequence.num_prompt))
         if sequence.num_computed >= sequence.num_prompt:
-            self._drop_sources(sequence)
+            if sequence.taken:
+                self.holdings.drop_sources(sequence)
             if self.held:
                 self._release(sequence.group)
-
-    def _learn(self, sequence: Sequence, draft: list[int] | tuple[()], num_right: int) -> None:
-        self.num_guessed_tokens += len(draft)
-        self.num_right_tokens += num_right
-        sequence.speculator.observe(sequence.num_known + num_right + 1, len(draft), num_right)
 
     def end(
         self,
@@ -412,27 +447,21 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
+            self.waiting.remove(group.share, sequence)
         elif sequence.status is Status.FETCHING:
             self.fetching.remove(sequence)
         else:
             self.held[group].remove(sequence)
         counted = sequence.num_known if keep is None else sequence.num_prompt + keep
-        self._index(sequence, min(sequence.num_computed, counted))
+        self.holdings.index(sequence, min(sequence.num_computed, counted))
         if keep is not None:
-            self.trim(sequence, keep)
-        self._give_back(sequence)
+            self.holdings.trim(sequence, keep)
+        self.holdings.give_back(sequence)
         sequence.status = Status.ENDED
         sequence.finish, sequence.failure = finish, failure
         sequence.row, sequence.speculator = None, Speculator()  # both may be large
         if not any(s.status in GOING for s in group.sequences):
             self._release(group, 1)  # the others waited for this one: the next takes its part
-
-    def trim(self, sequence: Sequence, keep: int) -> None:
-        """Take output pages past `keep` tokens out of the index (a preemption or an end may have put them in)."""
-        num_pages = (sequence.num_prompt + keep) // self.page
-        for page_hash in reversed(sequence.hashes[num_pages:]):
-            self.pool.forget(page_hash)
 
     # ----------------------------------------------------------------------------------------------- internals
 
@@ -442,53 +471,20 @@ class Scheduler:
         if held is None:
             return
         for sequence in held[:count]:
-            sequence.status = Status.WAITING
-            insort(self.waiting, sequence, key=by_age)
+            self._wait(sequence)
         del held[:count]
         if not held:
             del self.held[group]
 
-    def _index(self, sequence: Sequence, num_tokens: int) -> None:
-        """Offer the full pages among the first `num_tokens` computed tokens to the prefix index."""
-        num_pages = min(num_tokens, sequence.num_exact) // self.page
-        if num_pages > sequence.num_indexed:
-            hashes = sequence.page_hashes(num_pages)
-            for index in range(sequence.num_indexed, num_pages):
-                before = hashes[index - 1] if index else None
-                self.pool.store(sequence.table[index], hashes[index], before)
-            sequence.num_indexed = num_pages
-
-    def _give_back(self, sequence: Sequence) -> None:
-        self._drop_sources(sequence)
-        self.pool.free(sequence.table)
-        sequence.table = []
-        sequence.num_indexed = 0
+    def _wait(self, sequence: Sequence, *, is_new: bool = True) -> None:
+        """Let it wait for admission, in the place of its age."""
+        sequence.status = Status.WAITING
+        self.waiting.add(sequence.group.share, sequence, is_new=is_new)
 
 
-def _extend(chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
-    """Plan the next rows of a sequence; what is left of the budget."""
-    for chunk in _chunks(sequence, budget):
-        chunks.append(chunk)
-        budget -= chunk.length + chunk.num_taken // TAKEN_PER_ROW
-    return max(budget, 0)
-
-
-def _chunks(sequence: Sequence, budget: int) -> Iterator[Chunk]:
-    """The next rows of a sequence, up to `budget`, which count as planned from here on. Rows that lie apart, because
-    what is between them is taken over, are several chunks."""
-    while budget > 0:
-        taken = []
-        while (one := sequence.next_taken()) and one.start == sequence.num_planned:
-            taken.append(one)
-            sequence.num_planned = one.stop
-        remaining = sequence.num_remaining
-        end = remaining if one is None else min(remaining, one.start - sequence.num_planned)
-        start, length = sequence.num_planned, min(budget, end)
-        sequence.num_planned += length
-        samples = length == remaining
-        sequence.num_coming += samples
-        chunk = Chunk(sequence, start, length, samples, taken=tuple(taken))
-        yield chunk
-        budget -= length + chunk.num_taken // TAKEN_PER_ROW
-        if samples or one is None:
-            return
+def _cut_batch(ranked: list[Sequence]) -> list[Sequence]:
+    """Take those of band BATCH out of a list by rank."""
+    first = bisect_left(ranked, Band.BATCH, key=by_band)
+    batch = ranked[first:]
+    del ranked[first:]
+    return batch

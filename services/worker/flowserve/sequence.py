@@ -23,6 +23,7 @@ from services.worker.flowserve.rtc.chunks import Chunk, Taken
 from services.worker.flowserve.sampler import Row
 from services.worker.flowserve.speculation import Speculator
 from shared import blockhash
+from shared.fairness import Share
 from shared.messages import Failure, Handover, Request, TokenLogprobs
 
 HANDED: Final = "handed"  # the finish of a choice that another TE goes on with
@@ -40,12 +41,13 @@ class Status(Enum):
 
 
 class Sequence:
-    """One choice. `order` is its age: smaller is older, and goes first."""
+    """One choice. `rank` is its band and its age: smaller is more urgent, or older."""
 
     def __init__(self, group: SequenceGroup, choice: int, output: list[int]) -> None:
         self.group = group
         self.choice = choice
-        self.order = (group.arrival, choice)
+        self.band = group.request.band
+        self.rank = (self.band, group.arrival, choice)
         self.sampling = group.request.sampling
         self.num_prompt = len(group.request.prompt)
         self.num_given = len(output)  # output tokens the client had when it submitted
@@ -57,6 +59,7 @@ class Sequence:
         )
         self.num_computed = 0
         self.num_planned = 0
+        self.num_paid = 0  # rows that its tenant has paid for, of one that was preempted
         self.num_coming = 0  # tokens that steps on their way will sample, at the least
         self.slot = 0  # which of the samples of the step on its way is its own
         self.table: list[int] = []
@@ -140,6 +143,7 @@ class SequenceGroup:
 
     `deadline` is a reading of the engine's clock, `context` the longest a sequence may get here, `stop_ids` what ends
     a choice. `hands_over`: after the next token another TE goes on. `handover`: what the TE before this one said.
+    `expected_output`: tokens that a choice is predicted to bring yet, 0 if nobody knows. `first_token`: when it came.
     """
 
     def __init__(
@@ -153,10 +157,15 @@ class SequenceGroup:
         eos_ids: frozenset[int],
         hands_over: bool = False,
         handover: Handover | None = None,
+        expected_output: int = 0,
     ) -> None:
         self.request = request
+        # The tenant's account; the scheduler's, once the group is added there.
+        self.share: Share[Sequence] = Share(request.band, request.tenant)
         self.hands_over = hands_over
         self.handover = handover
+        self.expected_output = expected_output
+        self.first_token: float | None = None
         self.arrival = arrival
         self.deadline = deadline
         self.page = page

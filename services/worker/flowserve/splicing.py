@@ -24,7 +24,7 @@ class Splicing:
     def __init__(self, scheduler: Scheduler, table: ChunkTable | None) -> None:
         self.groups: dict[bytes, SequenceGroup] = {}
         self._scheduler = scheduler
-        self._table = scheduler.chunk_table = table
+        self._table = scheduler.holdings.chunk_table = table
 
     def begin(self, group: SequenceGroup) -> list[SequenceGroup]:
         """Find the chunks of a group that was just added, and let it wait if some are not cached.
@@ -82,6 +82,8 @@ class Splicing:
             chunk.ids,
             Sampling(max_tokens=1, seed=0, temperature=0.0, ignore_eos=True),
             root=group.request.root,
+            tenant=group.request.tenant,
+            band=group.request.band,
         )
         alone = SequenceGroup(
             request,

@@ -17,8 +17,8 @@ from typing import Protocol
 
 from services.worker.flowserve import sampler
 from services.worker.flowserve.decoder import Decoder, Floats, Pipeline, StepInput, as_pipeline
+from services.worker.flowserve.plan import StepPlan
 from services.worker.flowserve.sampler import Row, Sampled
-from services.worker.flowserve.scheduler import StepPlan
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

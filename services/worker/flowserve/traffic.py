@@ -75,7 +75,7 @@ class Traffic:
     def populate(self, request: str, attempt: int, num_pages: int, load: Load) -> None:
         """Bring the next `num_pages` pages of a `Want`, behind those of earlier calls for it.
 
-        Blocks are taken for them, oldest request first, as soon as there is room; then `load` is called in the RTC
+        Blocks are taken for them, in the order of admission, as soon as there is room; then `load` is called in the RTC
         thread with the memory of as many pages, uint8 [page_bytes] each, to fill; it returns how many of them, from the
         first on, hold what they should. It is called exactly once in any case: with none if the request does not wait
         (any more), or others bring the same pages. When all pages of the want have been handed in, or nothing more is

@@ -1,0 +1,1 @@
+"""`deepflow bench lengths`: how well the length of an answer is predicted."""

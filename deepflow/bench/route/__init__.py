@@ -1,0 +1,1 @@
+"""`deepflow bench route`: where requests go, by every rule, in the simulator and on the platform itself."""

@@ -1,0 +1,1 @@
+"""`deepflow heatmap`: which shapes of requests gain by prefill and decode on two TEs; measured, kept, drawn."""
