@@ -6,13 +6,16 @@ parts of a step apart; a report of the bench does as well, as far as its points 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -137,10 +140,15 @@ async def measure(
     *,
     threads: int = 0,
     num_rounds: int = 3,
+    num_engines: int = 1,
     seed: int = 0,
 ) -> Profile:
-    """The profile of an engine alone in a process on this machine, with so many threads (0: one per core) and as the
-    platform starts it otherwise. Raises Unavailable if it does not start or fails."""
+    """The profile of an engine in a process of its own on this machine, as the platform starts it, but with so many
+    threads (0: one per core).
+
+    Of several engines all do the same at the same time: what they share (memory, caches, clock) makes each of them
+    slower. Raises Unavailable if one does not start or fails.
+    """
     config = ModelConfig.from_folder(model.path)
     settings = _settings(threads)
     rows = settings.max_batched_tokens
@@ -158,18 +166,28 @@ async def measure(
     settings = replace(settings, kv_tokens=max(longest, max(lengths) + _SPARE_TOKENS))
     rounds = _Rounds()
     total = num_rounds * (len(decodes) + len(lengths))
-    async with Runner.start(model.path, cache_dir, settings, texts(START_PROMPT_LEN)[0]) as runner:
+    async with AsyncExitStack() as stack:
+        first = texts(START_PROMPT_LEN)[0]
+        runners = [
+            await stack.enter_async_context(Runner.start(model.path, cache_dir, settings, first))
+            for _ in range(num_engines)
+        ]
         with step(progress, "steps of all sizes", total) as advance:
             for _ in range(num_rounds):
                 for batch, context in decodes:
                     room = budget(batch, context, _STEPS, rows, settings.speculation)
-                    run = await runner.decode(texts(context)[:batch], _STEPS, room)
+                    runs = await asyncio.gather(
+                        *(one.decode(texts(context)[:batch], _STEPS, room) for one in runners)
+                    )
                     taken = rounds.decodes.setdefault((batch, context), [])
-                    taken.append(statistics.median(run.steps_s))
+                    taken.append(fmean(statistics.median(run.steps_s) for run in runs))
                     advance()
                 for length in lengths:
-                    prefill = await runner.prefill(texts(length)[0])
-                    rounds.prefills.setdefault(length, []).append(prefill.seconds)
+                    prefills = await asyncio.gather(
+                        *(one.prefill(texts(length)[0]) for one in runners)
+                    )
+                    seconds = fmean(prefill.seconds for prefill in prefills)
+                    rounds.prefills.setdefault(length, []).append(seconds)
                     advance()
     return fit(
         rounds.runs(rows),

@@ -21,6 +21,7 @@ import pytest
 
 from deepflow.cli.home import Home, Instance
 from deepflow.cli.status import ask
+from services.scheduler.heatmap import Heatmap
 from shared.arena.place import arena_dir
 from shared.config import EXIT_CODE, Reader
 from shared.errors import DeepFlowError
@@ -136,8 +137,17 @@ def test_ctrl_c_stops_what_up_started(command: Command) -> None:
 
 
 def test_roles_stand_side_by_side(command: Command) -> None:
-    """--pd starts TEs of both roles, beside colocated ones if asked; a prompt that is long enough goes from one to the
-    other; and what was kept in memory is gone at the end."""
+    """--pd starts TEs of both roles, beside colocated ones if asked; a prompt for which the heatmap says so goes from
+    one to the other; and what was kept in memory is gone at the end."""
+    heatmap = Heatmap(
+        prefill_lens=(1, 4096),
+        ratios=(0.01, 100.0),
+        rates=(1.0,),
+        values=(((9.0, 9.0), (9.0, 9.0)),),
+        source="engine",
+    )
+    (command.home / "heatmaps").mkdir()
+    (command.home / "heatmaps/tiny.json").write_bytes(heatmap.to_json())
     arena = arena_dir(Reader({}), command.home)
     arena.mkdir(mode=0o700)  # a killed one left it behind
     (arena / "left").touch(0o600)

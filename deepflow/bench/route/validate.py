@@ -90,7 +90,13 @@ async def bench_validate(
     settings = EngineSettings.default(kv_tokens=plan.kv_tokens)
     threads = max(1, settings.threads // plan.num_tes)
     profile = await measure(
-        model, cache_dir, progress, threads=threads, num_rounds=plan.num_calibrations, seed=seed
+        model,
+        cache_dir,
+        progress,
+        threads=threads,
+        num_rounds=plan.num_calibrations,
+        num_engines=plan.num_tes,
+        seed=seed,
     )
     profile = profile.with_(kv_tokens=plan.kv_tokens, page=_PAGE)
     calls = conversations(plan.num, seed, plan.shape)
