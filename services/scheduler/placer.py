@@ -176,16 +176,17 @@ class Placer:
     # ----------------------------------------------------------------------------------------------- what became of it
 
     def asked(self, te: Candidate, work: Work, task: str, now: float) -> None:
-        """The TE is being asked. Counts from the question on: a burst must not find the same TE idle."""
+        """The TE is being asked. Counts from the question on: a burst must not find the same TE idle, nor each of its
+        prompts find that it alone would bring what they share. Should the TE refuse, that ends by itself."""
         self.registry.give(te.te, task, self._given(te, work, now))
         self.registry.did(te.te, te.prefill_s, now)
-
-    def accepted(self, te: Candidate, work: Work, task: str, now: float) -> None:
-        """It has taken the task, and will soon hold the prompt's pages, which it has yet to announce."""
-        # Again: beats that left the TE before it knew of the task have not settled it.
-        self.registry.give(te.te, task, self._given(te, work, now))
         if work.kind is not TaskKind.DECODE and work.hashes:
             self._trees.assume(te.te, work.hashes, now, _ASSUMED_S)
+
+    def accepted(self, te: Candidate, work: Work, task: str, now: float) -> None:
+        """It has taken the task."""
+        # Again: beats that left the TE before it knew of the task have not settled it.
+        self.registry.give(te.te, task, self._given(te, work, now))
 
     def refused(self, te: Candidate, task: str, now: float) -> None:
         """It does not do the task."""

@@ -101,7 +101,8 @@ def test_ties_are_drawn_and_repeatable() -> None:
 
 
 def test_what_was_given_is_assumed_to_be_there() -> None:
-    """What a TE took counts as held there before any event says so; a refusal leaves nothing behind."""
+    """What a TE is asked to take counts as held there before any event says so, for a while; a refusal leaves no load
+    behind."""
     one = placer()
     for te in ("a", "b"):
         beat(one, te)
@@ -113,8 +114,12 @@ def test_what_was_given_is_assumed_to_be_there() -> None:
     again = one.place(work(128), 0.1)
     assert {c.te: (c.matched_pages, c.dispatched_s > 0) for c in again.candidates} == {
         taken.te: (64, True),
-        refused.te: (0, False),
+        refused.te: (64, False),
     }
+    for te in ("a", "b"):
+        beat(one, te, now=3.0)
+    later = one.place(work(128), 3.0)
+    assert [c.matched_pages for c in later.candidates] == [0, 0]
 
 
 @pytest.mark.parametrize(

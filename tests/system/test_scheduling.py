@@ -60,13 +60,13 @@ async def test_a_shared_prefix_does_not_pile_up(stack: Stack) -> None:
         await asyncio.sleep(0.6)
         completions = await asyncio.gather(
             *(
-                complete(session, stack, f"{SHARED} {n}. {n * 37}?", max_tokens=96)
-                for n in range(12)
+                complete(session, stack, f"{SHARED} {n}. {n * 37}?", max_tokens=128)
+                for n in range(16)
             )
         )
         await asyncio.sleep(0.6)
     tes = [placed(stack, completion)["chosen"] for completion in completions]
-    assert sorted(tes.count(te) for te in set(tes))[:-1] >= [3]
+    assert sorted(tes.count(te) for te in set(tes))[:-1] >= [2]
 
 
 async def test_a_placement_that_nobody_remembers_is_not_found(stack: Stack) -> None:

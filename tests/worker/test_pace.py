@@ -105,12 +105,12 @@ def test_an_expected_length_goes_before_the_average() -> None:
 
 
 def test_what_one_more_sequence_adds_to_a_step() -> None:
-    """The slope between the batches measured; half of a share while there is one size, and nothing before."""
+    """The slope between the batches measured, and at least a quarter of a share; nothing before the first."""
     pace = Pace()
     assert pace.row_s == 0.0
     pace.observe(0.010, num_decodes=1, num_prefill_tokens=0)
-    assert pace.row_s == pytest.approx(0.005)
+    assert pace.row_s == pytest.approx(0.0025)
     pace.observe(0.031, num_decodes=8, num_prefill_tokens=0)
     assert pace.row_s == pytest.approx(0.003)
-    pace.observe(0.0, num_decodes=16, num_prefill_tokens=0)
-    assert pace.row_s == 0.0
+    pace.observe(0.008, num_decodes=16, num_prefill_tokens=0)
+    assert pace.row_s == pytest.approx(0.008 / 64)

@@ -68,15 +68,14 @@ class Pace:
     def row_s(self) -> float:
         """Seconds by which one more sequence lengthens a decode step; 0: not measured yet.
 
-        The slope between the smallest and the largest batch measured. Of a single one, half of a sequence's share is
-        taken for its own, and half for what any step takes.
+        The slope between the smallest and the largest batch measured, but no less than a quarter of a sequence's share
+        in the largest: batches of about the same size tell little of it.
         """
         if not self._decode_s:
             return 0.0
         low, high = min(self._decode_s), max(self._decode_s)
-        if low == high:
-            return self._decode_s[low] / (2 * low)
-        return max(self._decode_s[high] - self._decode_s[low], 0.0) / (high - low)
+        slope_s = (self._decode_s[high] - self._decode_s[low]) / max(high - low, 1)
+        return max(slope_s, self._decode_s[high] / (4 * high))
 
     def step_s(self, num_decodes: int, num_prefill_tokens: int) -> float:
         """Predicted seconds of a step."""
