@@ -65,6 +65,7 @@ class Side:
         self.loop.start()
         self.engine = await self.loop.ready
         await self.peers.serve(self.engine)
+        await self.bus.flush()  # the other side asks over a connection of its own
 
     async def close(self) -> None:
         await self.loop.stop()
