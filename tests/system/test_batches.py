@@ -17,8 +17,8 @@ from tests.system.conftest import MODEL
 from tests.system.stack import Stack
 
 pytestmark = [pytest.mark.system, pytest.mark.smollm2, pytest.mark.timeout(150)]
-NUM_LINES = 64
-NUM_TOKENS = 16
+NUM_LINES = 96
+NUM_TOKENS = 48
 FINAL = ("completed", "failed", "expired", "cancelled")
 
 
