@@ -3,7 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 RINGS := core service system
-PYTEST = $(BIN)/pytest -q $(ARGS)
+PYTEST := $(BIN)/pytest -q
 SPREAD := --dist loadfile
 BENCH ?= bus
 
@@ -24,9 +24,9 @@ run: setup ## start the platform (ARGS="--workers 2"); Ctrl-C stops it
 # may run side by side; the one that the others share wants the machine for itself.
 test: setup ## every test of the three rings
 	@for ring in $(RINGS); do echo "$$ring: $$(sed -n "s/^  \"$$ring: \(.*\)\",\$$/\1/p" pyproject.toml)"; done
-	$(PYTEST) -m "core or service" $(SPREAD) -n 3
-	$(PYTEST) -m "system and apart" $(SPREAD) -n 3
-	$(PYTEST) -m "system and not apart"
+	$(PYTEST) -m "core or service" $(SPREAD) -n 3 $(ARGS)
+	$(PYTEST) -m "system and apart" $(SPREAD) -n 3 $(ARGS)
+	$(PYTEST) -m "system and not apart" $(ARGS)
 
 check: setup ## format, lint, types, import contracts, core ring
 	$(BIN)/ruff format --check .

@@ -67,6 +67,16 @@ class Reader:
             raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}")
         return value
 
+    def secret(self, name: str) -> str:
+        """The variable, or what the file holds that `<name>_FILE` names."""
+        file = self.text(f"{name}_FILE", "")
+        if not file:
+            return self.text(name, "")
+        try:
+            return Path(file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"{name}_FILE: {error}") from error
+
     def path(self, name: str, default: Path) -> Path:
         """A path, with `~` expanded."""
         return Path(self.text(name, str(default))).expanduser()
@@ -109,13 +119,6 @@ class Settings:
     def read(cls, reader: Reader) -> dict[str, Any]:
         """The fields' values; a service's settings extend this dictionary with their own."""
         grace_s = reader.number("DEEPFLOW_GRACE_S", 30.0, 0.0, 3600.0)
-        password = reader.text("DEEPFLOW_NATS_PASSWORD", "")
-        password_file = reader.text("DEEPFLOW_NATS_PASSWORD_FILE", "")
-        if password_file:
-            try:
-                password = Path(password_file).read_text().strip()
-            except OSError as error:
-                raise ConfigError(f"DEEPFLOW_NATS_PASSWORD_FILE: {error}") from error
         home_dir = reader.path("DEEPFLOW_HOME", Path("~/.local/share/deepflow"))
         # When only the home is set, what can be rebuilt lives under it as well.
         below_home = reader.text("DEEPFLOW_HOME", "")
@@ -124,7 +127,7 @@ class Settings:
             "bus": BusSettings(
                 url=reader.text("DEEPFLOW_NATS_URL", "nats://127.0.0.1:4222"),
                 user=reader.text("DEEPFLOW_NATS_USER", ""),
-                password=password,
+                password=reader.secret("DEEPFLOW_NATS_PASSWORD"),
                 realm=reader.text("DEEPFLOW_REALM", "deepflow"),
                 grace_s=grace_s,
             ),

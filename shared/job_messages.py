@@ -153,7 +153,6 @@ class TrainingEnded:
 
     task: str
     job: str
-    pod: str
     result: bytes = b""
     report: str = ""  # JSON: what was measured on the part held back
     failure: Failure | None = None

@@ -5,6 +5,7 @@ This module must not know what any kind of job does, nor who runs it.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any, Final
 
@@ -17,19 +18,38 @@ FINAL: Final = frozenset(
 )
 
 
-async def submit(queue: WorkQueue, table: Table, row: JobRow) -> bool:
-    """Put a new job on its way: first its row, then its entry. False if a job of that id exists: it is left alone.
+async def submit(
+    queue: WorkQueue,
+    table: Table,
+    kind: str,
+    id_: str,
+    *,
+    tenant: str,
+    arguments: str,
+    expires_s: float,
+) -> JobRow | None:
+    """Put a new job on its way: first its row, then its entry. None if a job of that id exists: it is left alone.
 
     Raises Overloaded, Unavailable; then there is no such job, or the JEs find the row without an entry.
     """
-    if not await table.create(row.id, row):
-        return False
+    now = time.time()
+    row = JobRow(
+        id=id_,
+        kind=kind,
+        tenant=tenant,
+        status=JobStatus.VALIDATING,
+        created=int(now),
+        expires=int(now + expires_s),
+        arguments=arguments,
+    )
+    if not await table.create(id_, row):
+        return None
     try:
         await queue.put(row.kind, row.id, JobCall(id=row.id))
     except DeepFlowError:
         await table.delete(row.id)
         raise
-    return True
+    return row
 
 
 def moved(row: JobRow, status: JobStatus, now: float, **fields: Any) -> JobRow:

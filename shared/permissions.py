@@ -17,11 +17,11 @@ _INBOXES: Final = {"worker": _WORKER_PARTS}
 
 # kind -> (tables it writes, tables it only reads)
 _TABLES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "gateway": (("registrations", "keys", "caches", "jobs", "files"), ("models",)),
-    "scheduler": (("registrations", "jobs", "files", "predictors"), ("models",)),
+    "gateway": (("keys", "caches", "jobs", "files"), ("models",)),
+    "scheduler": (("jobs", "files", "predictors"), ("models", "registrations")),
     "worker": (("models", "registrations"), ()),
-    "cache": (("registrations",), ("models",)),
-    "operator": ((), ("models", "registrations")),
+    "cache": ((), ()),
+    "operator": ((), ()),
 }
 
 
@@ -118,7 +118,6 @@ def permissions(kind: str, realm: str) -> Permissions:
     return Permissions(
         publish=(
             *publish[kind],
-            "$JS.API.INFO",
             *(subject for name in (*writes, *reads) for subject in _reading(on.table(name))),
             *(subject for name in writes for subject in _writing(on.table(name))),
         ),

@@ -14,16 +14,6 @@ VERSION: Final = "v1"
 QUEUE_GATEWAY: Final = "gateway"
 QUEUE_SCHEDULER: Final = "scheduler"
 QUEUE_CACHE: Final = "cache"
-TABLES: Final = (
-    "models",
-    "registrations",
-    "leases",
-    "keys",
-    "caches",
-    "jobs",
-    "files",
-    "predictors",
-)
 
 _PLAIN: Final = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
 _ENCODED: Final = re.compile(r"(?:[A-Za-z0-9_-]|=[0-9A-F]{2})+")
@@ -110,8 +100,8 @@ class Subjects:
         return self._join("dump", te)
 
     def rtc(self, verb: str, host: str | None = None) -> str:
-        """The cache services. Of any (queue group `cache`): `match`. Of all, published: `free`. Of one host's:
-        `copy`, `commit` (published), `populate`, `query`."""
+        """The cache services. Of any (queue group `cache`): `match`, for whoever looks in from outside. Of all,
+        published: `free`. Of one host's: `copy`, `commit` (published), `populate`, `query`."""
         return self._join("rtc", verb) if host is None else self._join("rtc", verb, host)
 
     def link(self, instance: str) -> str:

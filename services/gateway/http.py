@@ -49,7 +49,7 @@ class MethodNotAllowed(InvalidRequest):
 
 
 class UnsupportedMedia(InvalidRequest):
-    """The body is not said to be JSON."""
+    """The body is not said to be of the kind that is read here."""
 
     code: ClassVar[str] = "unsupported_media_type"
     status: ClassVar[int] = 415

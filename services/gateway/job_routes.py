@@ -18,7 +18,6 @@ from services.gateway.tenant_batches import TenantBatches
 from services.gateway.tenant_files import TenantFiles
 from shared.errors import DeepFlowError
 
-_FORM_BYTES: Final = 64 * 1024  # what a form has beside its file
 STALLED_READER_S: Final = 30.0  # for a client to take the next piece
 
 

@@ -37,10 +37,10 @@ class _Run:
     task: asyncio.Task[LineDone]
     lease: asyncio.Timeout | None = None
 
-    def asked(self) -> None:
-        """Somebody still wants it."""
+    def asked(self, for_s: float = FORGOTTEN_S) -> None:
+        """Somebody still wants it, at least for so long."""
         if self.lease is not None and not self.lease.expired():
-            self.lease.reschedule(asyncio.get_running_loop().time() + FORGOTTEN_S)
+            self.lease.reschedule(asyncio.get_running_loop().time() + for_s)
 
 
 class Lines:
@@ -78,9 +78,11 @@ class Lines:
         )
 
     async def stop(self) -> None:
-        """Take nothing new."""
+        """Take nothing new. What is not done within a round is dropped: it is asked for elsewhere."""
         if self._subscription is not None:
             await self._subscription.stop()
+        for run in self._runs.values():
+            run.asked(ROUND_S)
 
     async def _serve(self, line: Line) -> LineDone:
         """Raises DeadlineExceeded if it is not done at the end of the round, Overloaded."""
@@ -105,8 +107,9 @@ class Lines:
 
     async def _run(self, line: Line) -> LineDone:
         """What came of it; it never fails."""
+        lease = asyncio.timeout(FORGOTTEN_S)
         try:
-            async with asyncio.timeout(FORGOTTEN_S) as lease:
+            async with lease:
                 self._runs[line.key].lease = lease
                 with Held(
                     self._budget, len(line.body)
@@ -114,11 +117,12 @@ class Lines:
                     done = await self._answer(line)
         except DeepFlowError as error:
             done = _failed(error)
-        except TimeoutError:
-            done = _failed(DeadlineExceeded("nobody asked for this line any more"))
-        except Exception:
-            self._log.exception("line_failed", key=line.key)
-            done = _failed(Internal("something went wrong here; see the server's log"))
+        except Exception as error:
+            if isinstance(error, TimeoutError) and lease.expired():
+                done = _failed(DeadlineExceeded("nobody asked for this line any more"))
+            else:
+                self._log.exception("line_failed", key=line.key)
+                done = _failed(Internal("something went wrong here; see the server's log"))
         finally:
             del self._runs[line.key]
         if done.status < 500 and done.status != Overloaded.status:

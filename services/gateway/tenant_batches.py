@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from services.gateway.calls import Caller
 from services.gateway.openai.batches import window_s
-from services.gateway.openai.caches import QuotaExceeded
+from services.gateway.openai.caches import Conflict, QuotaExceeded
 from services.gateway.settings import GatewaySettings
 from services.gateway.tenant_files import TenantFiles
 from shared import wire
@@ -33,10 +33,11 @@ class TenantBatches:
         self._settings = settings
 
     async def create(self, arguments: BatchArguments, caller: Caller) -> JobRow:
-        """A new batch; the same one for the same idempotency key. Raises InvalidRequest, QuotaExceeded, Overloaded."""
+        """A new batch; the same one for the same idempotency key. Raises InvalidRequest, Conflict (the key is another
+        batch's), QuotaExceeded, Overloaded."""
         id_ = _id(caller)
         if caller.idempotency_key and (known := await self._rows.get(id_, JobRow)) is not None:
-            return known
+            return _same(known, arguments)
         try:
             file = await self._files.get(caller.tenant, arguments.input_file)
         except NotFound as error:
@@ -46,19 +47,19 @@ class TenantBatches:
         unfinished = [row for row in await self.all(caller.tenant) if row.status not in FINAL]
         if len(unfinished) >= self._settings.tenant_batches:
             raise QuotaExceeded(f"you may have {self._settings.tenant_batches} batches under way")
-        now = int(time.time())
-        row = JobRow(
-            id=id_,
-            kind=KIND,
+        row = await submit(
+            self._queue,
+            self._rows,
+            KIND,
+            id_,
             tenant=caller.tenant,
-            status=JobStatus.VALIDATING,
-            created=now,
-            expires=now + window_s(arguments.window),
             arguments=wire.to_json(arguments).decode(),
+            expires_s=window_s(arguments.window),
         )
-        if await submit(self._queue, self._rows, row):
+        if row is not None:
             return row
-        return await self.get(caller.tenant, id_)  # the same key, at the same time
+        # The same key, at the same time.
+        return _same(await self.get(caller.tenant, id_), arguments)
 
     async def all(self, tenant: str) -> list[JobRow]:
         """The oldest first."""
@@ -101,3 +102,12 @@ def _id(caller: Caller) -> str:
         return f"batch_{secrets.token_hex(12)}"
     named = f"{caller.tenant}\0{caller.idempotency_key}".encode()
     return f"batch_{blake2b(named, digest_size=12).hexdigest()}"
+
+
+def _same(known: JobRow, arguments: BatchArguments) -> JobRow:
+    """The batch that an Idempotency-Key stands for. Raises Conflict if it is not what is asked for now."""
+    if wire.from_json(known.arguments.encode(), BatchArguments) != arguments:
+        raise Conflict(
+            "this Idempotency-Key was used to make another batch", param="Idempotency-Key"
+        )
+    return known

@@ -143,17 +143,16 @@ class Jobs:
         self, kind: str, id_: str, *, tenant: str, arguments: str, expires_s: float
     ) -> bool:
         """Make a job; False if there is one of that id. Raises Overloaded, Unavailable."""
-        now = time.time()
-        row = JobRow(
-            id=id_,
-            kind=kind,
+        made = await submit(
+            self._queue,
+            self._table,
+            kind,
+            id_,
             tenant=tenant,
-            status=JobStatus.VALIDATING,
-            created=int(now),
-            expires=int(now + expires_s),
             arguments=arguments,
+            expires_s=expires_s,
         )
-        return await submit(self._queue, self._table, row)
+        return made is not None
 
     async def leave(self) -> None:
         """Take nothing more, and give what runs back to the queue, where others find it at once."""

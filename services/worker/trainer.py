@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from services.worker.settings import compute_env
@@ -71,8 +70,7 @@ class Trainer:
 
     async def _train(self, training: Training) -> None:
         try:
-            ended = await self._child(training)
-            self._last = replace(ended, pod=self._service.id)
+            self._last = await self._child(training)
             await self._tell(training.je, self._last)
         finally:
             self._running = None
@@ -89,7 +87,7 @@ class Trainer:
             code, reason = (Unavailable if killed else Internal).code, f"it ended with {status}"
         self._log.warning("training_failed", job=training.job, reason=reason)
         why = Failure(code=code, message=f"the training brought nothing: {reason}")
-        return TrainingEnded(task=training.task, job=training.job, pod="", failure=why)
+        return TrainingEnded(task=training.task, job=training.job, failure=why)
 
     async def _run(self, text: bytes) -> tuple[int, bytes]:
         """The child's exit status, and what it wrote. Raises OSError."""

@@ -163,7 +163,7 @@ def _rounded(weights: Floats) -> LengthTable:
 
 def train(training: Training) -> TrainingEnded:
     """What comes of it, or why nothing can. A table no better than always saying the same is not handed out."""
-    ended = TrainingEnded(task=training.task, job=training.job, pod="")
+    ended = TrainingEnded(task=training.task, job=training.job)
     try:
         if training.kind != "predictor":
             raise InvalidRequest(f"kind {training.kind!r} is not trained here", param="kind")

@@ -49,9 +49,14 @@ class Store(Protocol):
         ...
 
 
+def is_key(key: str) -> bool:
+    """Whether it can be one: a listing leaves out what somebody else put there."""
+    return _KEY.fullmatch(key) is not None
+
+
 def check_key(key: str) -> str:
     """The key. Raises ValueError."""
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise ValueError(f"not a key: {key!r}")
     return key
 

@@ -61,8 +61,12 @@ class Files:
         """Remove what has expired, and contents that no row speaks of."""
         contents: dict[str, dict[str, float]] = {}
         for stored in await self._store.listing(_FOLDER):
-            _, token, id_ = stored.key.split("/")
-            contents.setdefault(decode(token), {})[id_] = stored.modified
+            try:
+                _, *tokens = stored.key.split("/")
+                tenant, id_ = map(decode, tokens)
+            except ValueError:  # somebody else's
+                continue
+            contents.setdefault(tenant, {})[id_] = stored.modified
         for tenant, found in contents.items():
             rows = await self._table.part(tenant).all(FileRow)
             for id_, modified in found.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from shared.errors import NotFound, Unavailable
-from shared.store.base import CHUNK_BYTES, Stored, check_key
+from shared.store.base import CHUNK_BYTES, Stored, check_key, is_key
 
 _PARTS: Final = ".parts"  # what is not whole yet; no key begins with a dot
 _STALE_S: Final = 86_400.0
@@ -102,7 +102,8 @@ class LocalStore:
                 with contextlib.suppress(FileNotFoundError):  # just deleted
                     stat = path.stat()
                     key = path.relative_to(self._root).as_posix()
-                    found.append(Stored(key, stat.st_size, stat.st_mtime))
+                    if is_key(key):
+                        found.append(Stored(key, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda one: one.key)
 
 

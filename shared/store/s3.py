@@ -12,7 +12,7 @@ from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import S3Store as Bucket
 
 from shared.errors import DeepFlowError, NotFound, Unavailable
-from shared.store.base import Stored, check_key
+from shared.store.base import Stored, check_key, is_key
 from shared.store.settings import S3Settings
 
 _PART_BYTES: Final = 8 * 1024 * 1024
@@ -87,6 +87,7 @@ class S3Store:
                 found += [
                     Stored(one["path"], one["size"], one["last_modified"].timestamp())
                     for one in page
+                    if is_key(one["path"])
                 ]
         return sorted(found, key=lambda one: one.key)
 

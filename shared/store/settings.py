@@ -39,13 +39,7 @@ class StoreSettings:
         bucket = reader.text("DEEPFLOW_FILES_S3_BUCKET", "")
         if not bucket:
             return cls(folder=folder)
-        secret = reader.text("DEEPFLOW_FILES_S3_SECRET_ACCESS_KEY", "")
-        secret_file = reader.text("DEEPFLOW_FILES_S3_SECRET_ACCESS_KEY_FILE", "")
-        if secret_file:
-            try:
-                secret = Path(secret_file).read_text().strip()
-            except OSError as error:
-                raise ConfigError(f"DEEPFLOW_FILES_S3_SECRET_ACCESS_KEY_FILE: {error}") from error
+        secret = reader.secret("DEEPFLOW_FILES_S3_SECRET_ACCESS_KEY")
         key_id = reader.text("DEEPFLOW_FILES_S3_ACCESS_KEY_ID", "")
         if not key_id or not secret:
             raise ConfigError(

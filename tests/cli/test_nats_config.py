@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -170,22 +171,52 @@ async def test_a_user_may_not_hear_what_is_anothers(
 
 
 @pytest.mark.service
-@pytest.mark.parametrize("user", KINDS)
-async def test_a_service_may_use_its_tables(server: Server, user: str) -> None:
-    """Opening, creating, reading; and writing where it writes."""
+@pytest.mark.parametrize(
+    ("user", "name"),
+    [
+        *[("gateway", name) for name in ("keys", "caches", "jobs", "files")],
+        *[("scheduler", name) for name in ("jobs", "files", "predictors")],
+        *[("worker", name) for name in ("models", "registrations")],
+    ],
+)
+async def test_a_service_may_write_its_tables(server: Server, user: str, name: str) -> None:
+    """Opening, creating, writing, reading and deleting."""
+    async with connected(server, user) as bus:
+        table = await bus.table(name)
+        entry = Registration(kind=user, id=f"{user}-1", host="here", pid=1)
+        await table.put(entry.id, entry)
+        assert await table.get(entry.id, Registration) == entry
+        assert entry.id in await table.all(Registration)
+        await table.delete(entry.id)
+
+
+@pytest.mark.service
+@pytest.mark.parametrize(
+    ("user", "name"),
+    [("gateway", "models"), ("scheduler", "models"), ("scheduler", "registrations")],
+)
+async def test_a_service_may_only_read_what_is_anothers(
+    server: Server, user: str, name: str
+) -> None:
+    """Opening and reading; a write is refused."""
+    entry = Registration(kind="te", id="te-1", host="here", pid=1)
+    async with connected(server, "worker") as worker:
+        await (await worker.table(name)).put(entry.id, entry)
+    async with connected(server, user) as bus:
+        table = await bus.table(name)
+        assert await table.get(entry.id, Registration) == entry
+        assert await table.all(Registration) == {entry.id: entry}
+        with pytest.raises(Unavailable):
+            await table.put(entry.id, entry)
+
+
+@contextlib.asynccontextmanager
+async def connected(server: Server, user: str) -> AsyncIterator[Bus]:
+    """A bus as the services of this kind use it."""
     settings = BusSettings(url=server.url, user=user, password=server.password(user), grace_s=1.0)
     bus = await Bus.connect(settings, name=f"{user}-test", inbox=INBOX.get(user, user))
     try:
-        registrations = await bus.table("registrations")
-        entry = Registration(kind=user, id=f"{user}-1", host="here", pid=1)
-        if user != "operator":
-            await registrations.put(entry.id, entry)
-            assert await registrations.get(entry.id, Registration) == entry
-        expected = {} if user == "operator" else {entry.id: entry}
-        assert await registrations.all(Registration) == expected
-        if user != "operator":
-            await registrations.delete(entry.id)
-        await bus.table("models")
+        yield bus
     finally:
         await bus.close()
 

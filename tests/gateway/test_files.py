@@ -299,6 +299,9 @@ async def test_the_same_idempotency_key_is_one_batch(alice: Tenant, bob: Tenant)
     first = await alice.call("POST", "/v1/batches", given, Idempotency_Key="k")
     assert first[0] == 200
     assert await alice.call("POST", "/v1/batches", given, Idempotency_Key="k") == first
+    other = BATCH | {"input_file_id": await alice.file()}
+    status, body = await alice.call("POST", "/v1/batches", other, Idempotency_Key="k")
+    assert (status, body["error"]["param"]) == (409, "Idempotency-Key")
     given = BATCH | {"input_file_id": await bob.file()}
     _, others = await bob.call("POST", "/v1/batches", given, Idempotency_Key="k")
     assert others["id"] != first[1]["id"]

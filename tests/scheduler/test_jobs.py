@@ -15,8 +15,7 @@ from services.scheduler.jobs import MAX_LOST, Job, Jobs, Later, Runner
 from shared import log
 from shared.bus import Bus, Table
 from shared.errors import InvalidRequest, Unavailable
-from shared.job_messages import JobRow, JobStatus
-from shared.jobs import submit
+from shared.job_messages import JobCall, JobRow, JobStatus
 from tests.scheduler.players import eventually
 
 LEASE_S = 0.5
@@ -182,8 +181,12 @@ async def test_a_job_is_given_up_after_many_owners(bus: Bus, rows: Table) -> Non
         expires=0,
         arguments="{}",
     )
-    await submit(queue, rows, replace(row, owner="je-0", num_lost=MAX_LOST))
-    await submit(queue, rows, replace(row, id="j2", attempt=1000, num_lost=MAX_LOST))
+    for one in (
+        replace(row, owner="je-0", num_lost=MAX_LOST),
+        replace(row, id="j2", attempt=1000, num_lost=MAX_LOST),
+    ):
+        await rows.create(one.id, one)
+        await queue.put(one.kind, one.id, JobCall(id=one.id))
 
     async with je(bus, "je-1", complete):
         await has(rows, JobStatus.FAILED, "j1")

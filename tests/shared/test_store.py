@@ -213,14 +213,19 @@ async def test_expired_files_and_orphans_are_swept(bus: Bus, tmp_path: Path) -> 
     await files.store("other", "orphan", whole(b"1"))
     await files.store("other", "newer", whole(b"2"))
     await (await bus.table("files")).part("other").put("newer", JobCall(id="of a newer release"))
+    strange = tmp_path / "files" / "what somebody put here"
+    strange.write_bytes(b"?")
+    (tmp_path / "files" / "lone").write_bytes(b"a key, but not of ours")
     with pytest.raises(NotFound):
         await files.get("a tenant", "gone", now)
     await files.sweep(now)
-    assert len(await store.listing("files")) == 4, "an upload may be about to write its row"
+    assert len(await store.listing("files")) == 5, "an upload may be about to write its row"
     await files.sweep(now + 7200)
     left = await files.all("a tenant", now)
     assert [row.id for row in left] == ["kept"]
     assert [one.key for one in await store.listing("files")] == [
         "files/a=20tenant/kept",
+        "files/lone",
         "files/other/newer",
     ]
+    assert strange.exists()
