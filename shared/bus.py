@@ -190,7 +190,8 @@ class Bus:
         """Wait until the server has all that was published. Raises Unavailable when it is away."""
         try:
             async with self.until_lost():
-                await self._client.flush(timeout=5)
+                for _ in range(2):  # the library's first PING overtakes what it has yet to write
+                    await self._client.flush(timeout=5)
         except (nats.errors.Error, OSError) as error:
             raise errors.Unavailable(f"the bus cannot be flushed: {error!r}") from error
 

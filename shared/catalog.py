@@ -25,8 +25,8 @@ MANIFEST = "manifest.json"
 class ModelFolder:
     """One served model. `context` and `vocab` are numbers of tokens, `created` is Unix time in seconds.
 
-    The digests are hex SHA-256: of tokenizer.json's bytes, of the chat template's text ("" hashed if there is none),
-    and of the weights as the manifest recorded them at publication.
+    The digests are hex SHA-256: of tokenizer.json's bytes, of the chat template's text ("" hashed if there is none;
+    both "" for who does without them), and of the weights as the manifest recorded them at publication.
     """
 
     name: str
@@ -45,8 +45,8 @@ def models_dir(cache_dir: Path) -> Path:
     return cache_dir / "models"
 
 
-def open_model(cache_dir: Path, name: str) -> ModelFolder:
-    """The model served as `name`.
+def open_model(cache_dir: Path, name: str, *, text: bool = True) -> ModelFolder:
+    """The model served as `name`; without `text`, nothing is read that only those need who deal with text.
 
     Raises ModelNotFound if it was never pulled, Unavailable if its folder is damaged; both name the remedy.
     """
@@ -60,22 +60,24 @@ def open_model(cache_dir: Path, name: str) -> ModelFolder:
         raise missing from None
     if not present:
         raise missing
-    return read_model(path, name)
+    return read_model(path, name, text=text)
 
 
-def read_model(path: Path, name: str) -> ModelFolder:
-    """The published folder at `path`. Raises Unavailable, naming what is wrong, if it is damaged."""
+def read_model(path: Path, name: str, *, text: bool = True) -> ModelFolder:
+    """The published folder at `path`, as `open_model`. Raises Unavailable, naming what is wrong, if it is damaged."""
     try:
         manifest = read_json(path / MANIFEST)
         config = read_json(path / "config.json")
+        tokenizer = (path / "tokenizer.json").read_bytes() if text else None
+        template = read_template(path) or "" if text else None
         return ModelFolder(
             name=str(manifest["name"]),
             path=path,
             context=int(config["max_position_embeddings"]),
             vocab=int(config["vocab_size"]),
             eos_ids=read_eos_ids(path),
-            tokenizer_digest=hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest(),
-            template_digest=hashlib.sha256((read_template(path) or "").encode()).hexdigest(),
+            tokenizer_digest="" if tokenizer is None else hashlib.sha256(tokenizer).hexdigest(),
+            template_digest="" if template is None else hashlib.sha256(template.encode()).hexdigest(),
             weights_digest=str(manifest["weights_digest"]),
             created=int(manifest["created"]),
         )

@@ -91,6 +91,12 @@ class Unavailable(DeepFlowError):
     kind = "server_error"
 
 
+class NotReady(Unavailable):
+    """No replica of the model is up, and none will be within the time that the request may wait without one."""
+
+    code = "model_not_ready"
+
+
 class DeadlineExceeded(DeepFlowError):
     """The answer did not come in time."""
 
@@ -114,6 +120,7 @@ _BY_CODE: dict[str, type[DeepFlowError]] = {
         TooLarge,
         Overloaded,
         Unavailable,
+        NotReady,
         DeadlineExceeded,
         Internal,
     )

@@ -242,6 +242,8 @@ class Progress:
     state: str  # parked | dispatched | moved (to `te`, which decodes what another TE prefilled)
     te: str | None = None
     waited_ms: int = 0
+    stage: str = "queued"  # while parked: queued | loading (`percent` done) | warm (a TE is up, others go first)
+    percent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +290,7 @@ class TeBeat:
     model: str
     pod: str
     state: str  # loading | ready | draining
+    loading: int = 0  # percent done, while loading
     step: int = 0
     progress_ms: int = 0
     step_ms: int = 0

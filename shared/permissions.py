@@ -15,10 +15,17 @@ KINDS: Final = ("gateway", "scheduler", "worker", "cache", "operator")
 _WORKER_PARTS: Final = ("pod", "te")
 _INBOXES: Final = {"worker": _WORKER_PARTS}
 
+# How often one request may be answered. One on `scaling` comes to a scheduler twice (as a question to one of all, and
+# as news), and the server takes the second time for an answer.
+_ANSWERS: Final = {"gateway": -1, "scheduler": 2}
+
 # kind -> (tables it writes, tables it only reads)
 _TABLES: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "gateway": (("keys", "caches", "jobs", "files"), ("models",)),
-    "scheduler": (("jobs", "files", "predictors"), ("models", "registrations")),
+    "scheduler": (
+        ("jobs", "files", "predictors", "leases", "scaling"),
+        ("models", "registrations"),
+    ),
     "worker": (("models", "registrations"), ()),
     "cache": ((), ()),
     "operator": ((), ()),
@@ -50,6 +57,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.task(every),
             on.cancel(every),
             on.rtc("free"),
+            on.scaling(every),
             on.job(every, every),
             *_queue(on.work_queue(), takes=False),
             on.beat("gateway", every),
@@ -61,6 +69,9 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.cancel(every),
             on.blocks_dump(every),
             on.line(every),
+            on.demand(every),
+            on.fleet(every),
+            on.scale(every),
             on.job(every, every),
             *_queue(on.work_queue(), takes=True),
             on.beat("scheduler", every),
@@ -80,7 +91,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.link(every),
             on.beat("cache", every),
         ),
-        "operator": (asked,),
+        "operator": (asked, on.scaling(every)),
     }
     subscribe: dict[str, tuple[str, ...]] = {
         "gateway": (on.prompt(every), on.tokens(every), on.line(every), *pulse, asked),
@@ -90,11 +101,15 @@ def permissions(kind: str, realm: str) -> Permissions:
             on.cancel(every),
             on.blocks(every, every),
             on.arena(every, every),
+            on.demand(every),
+            on.fleet(every),
+            on.scaling(every),
             *pulse,
             asked,
         ),
         "worker": (
             on.task(every),
+            on.scale(every),
             on.cancel(every),
             on.blocks_dump(every),
             on.rtc("free"),
@@ -112,7 +127,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             *pulse,
             asked,
         ),
-        "operator": pulse,
+        "operator": (on.fleet(every), *pulse),
     }
     writes, reads = _TABLES[kind]
     return Permissions(
@@ -125,7 +140,7 @@ def permissions(kind: str, realm: str) -> Permissions:
             *subscribe[kind],
             *(f"_INBOX.{inbox}.>" for inbox in _INBOXES.get(kind, (kind,))),
         ),
-        answers=-1 if kind == "gateway" else 1,
+        answers=_ANSWERS.get(kind, 1),
     )
 
 

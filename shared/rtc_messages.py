@@ -241,3 +241,36 @@ class LeaseReleased:
     """`valid`: the pages were held until now, so what was read of them is what was leased."""
 
     valid: bool
+
+
+# Weights (NPU-fork).
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRequest:
+    """`link.<te>`: which files make up your weights, and where are they to be read? `recipe` says what they are for."""
+
+    by: str
+    model: str
+    recipe: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFile:
+    """One file of the weights, as a region; it may still be filling. `digest` is over all of its bytes."""
+
+    name: str
+    num_bytes: int
+    region: int
+    generation: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsOffer:
+    """They may be read for `ttl_ms`, or until this TE ends. `chain` names those that this one itself reads from, so
+    that nobody reads from one that reads from it."""
+
+    files: list[WeightsFile]
+    ttl_ms: int
+    chain: list[str] = field(default_factory=list)

@@ -30,6 +30,7 @@ from shared.bus import Bus
 from shared.config import EXIT_CODE, ConfigError, Settings
 from shared.messages import Beat, StatusQuery, StatusReply, TeBeat
 from shared.metrics import Metrics
+from shared.scaling_messages import PodBeat
 
 S = TypeVar("S", bound=Settings)
 BEAT_S: Final = 0.2  # while there is work: others place requests by it
@@ -56,7 +57,7 @@ class Service(Generic[S]):
         self.failure: str | None = None
         self._started = time.monotonic()
         self._ready = False
-        self._make_beat: Callable[[], Beat | TeBeat] | None = None
+        self._make_beat: Callable[[], Beat | TeBeat | PodBeat] | None = None
         self._make_status: Callable[[], dict[str, Any]] = dict
         self._ledger: Callable[[], dict[str, Any]] | None = None
         self._verbs: dict[str, Callable[[str], dict[str, Any]]] = {}
@@ -78,12 +79,22 @@ class Service(Generic[S]):
         """Say whether the service can do its work."""
         self._ready = ok
 
-    def beat(self, make: Callable[[], Beat | TeBeat] | None = None) -> None:
+    def beat(self, make: Callable[[], Beat | TeBeat | PodBeat] | None = None) -> None:
         """Beat from now on with what `make` returns: five times a second, twice while there is no work."""
         self._make_beat = make or (
             lambda: Beat(kind=self.kind, id=self.id, draining=self.stopping.is_set())
         )
         self.tasks.create_task(self._beat_loop(), name="beat")
+
+    async def beat_now(self) -> Beat | TeBeat | PodBeat:
+        """Beat out of turn: something has changed that others act on. Returns the beat; only after `beat`."""
+        assert self._make_beat is not None
+        beat = self._make_beat()
+        kind = "te" if isinstance(beat, TeBeat) else beat.kind
+        # A full buffer means the bus is away: the next beat will do.
+        with contextlib.suppress(errors.DeepFlowError):
+            await self.bus.publish(self.bus.subjects.beat(kind, self.id), beat)
+        return beat
 
     def status(
         self,
@@ -110,13 +121,8 @@ class Service(Generic[S]):
     # ------------------------------------------------------------------------------------------- run's own business
 
     async def _beat_loop(self) -> None:
-        assert self._make_beat is not None
         while True:
-            beat = self._make_beat()
-            kind = "te" if isinstance(beat, TeBeat) else beat.kind
-            # A full buffer means the bus is away: the next beat will do.
-            with contextlib.suppress(errors.DeepFlowError):
-                await self.bus.publish(self.bus.subjects.beat(kind, self.id), beat)
+            beat = await self.beat_now()
             await asyncio.sleep(BEAT_S if _has_work(beat) else REST_BEAT_S)
 
     async def _answer(self, query: StatusQuery) -> StatusReply:
@@ -167,7 +173,7 @@ class Service(Generic[S]):
                 self.log.exception("drain_step_failed")
 
 
-def _has_work(beat: Beat | TeBeat) -> bool:
+def _has_work(beat: Beat | TeBeat | PodBeat) -> bool:
     if isinstance(beat, TeBeat):
         return bool(beat.running or beat.waiting or beat.state != "ready")
     return beat.in_flight > 0
@@ -182,29 +188,44 @@ def main(
     kind: str,
     load: Callable[[Mapping[str, str]], S],
     open_service: Callable[[Service[S]], Awaitable[None]],
+    *,
+    metrics: bool = True,
 ) -> int:
     """All that a service's `__main__` does: read the settings with `load`, and run with `open_service` as its main.
 
-    The exit code: 0 after a drain, 1 with a reason in the log, 2 with a line that names the variable that is wrong.
+    Without `metrics` it has no port for them, and no thread. The exit code: 0 after a drain, 1 with a reason in the
+    log, 2 with a line that names the variable that is wrong.
     """
     try:
         settings = load(os.environ)
     except ConfigError as error:
         sys.stderr.write(f"deepflow {kind}: {error}\n")
         return EXIT_CODE
-    return run(kind, settings, open_service)
+    return run(kind, settings, open_service, metrics=metrics)
 
 
-def run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[None]]) -> int:
+def run(
+    kind: str,
+    settings: S,
+    main: Callable[[Service[S]], Awaitable[None]],
+    *,
+    metrics: bool = True,
+) -> int:
     """Run a service until it is told to stop. Returns the process's exit code."""
     log.configure(settings.log_level)
     _die_with_parent(settings.parent_pid)
     # Long-lived objects of the imports are not worth a visit at each collection.
     gc.freeze()
-    return uvloop.run(_run(kind, settings, main))
+    return uvloop.run(_run(kind, settings, main, metrics=metrics))
 
 
-async def _run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[None]]) -> int:
+async def _run(
+    kind: str,
+    settings: S,
+    main: Callable[[Service[S]], Awaitable[None]],
+    *,
+    metrics: bool,
+) -> int:
     id_ = instance_id(settings.instance or kind)
     logger = log.get(service=kind, id=id_)
     starting = asyncio.current_task()
@@ -225,8 +246,10 @@ async def _run(kind: str, settings: S, main: Callable[[Service[S]], Awaitable[No
         async with asyncio.TaskGroup() as tasks:
             service = Service(kind, settings, bus, tasks, id_)
             _on_signal(service.stop)
-            endpoint = service.metrics.serve(settings.metrics_host, settings.metrics_port)
-            logger.info("service_started", metrics_port=endpoint.port, pid=os.getpid())
+            if metrics:
+                endpoint = service.metrics.serve(settings.metrics_host, settings.metrics_port)
+            port = endpoint.port if endpoint is not None else None
+            logger.info("service_started", metrics_port=port, pid=os.getpid())
             await service._open()
             await main(service)
             await service.stopping.wait()

@@ -80,7 +80,7 @@ class Subjects:
         return self._join("cancel", te)
 
     def beat(self, kind: str, instance: str) -> str:
-        """Everyone -> who cares, 5 Hz (2 Hz at rest): `Beat` or `TeBeat`."""
+        """Everyone -> who cares, 5 Hz (2 Hz at rest): `Beat`, `TeBeat` or `PodBeat`."""
         return self._join("beat", kind, instance)
 
     def down(self, kind: str, instance: str) -> str:
@@ -106,8 +106,25 @@ class Subjects:
 
     def link(self, instance: str) -> str:
         """TE, cache -> TE, cache, request-reply: `LinkRequest` -> `LinkOffer`, `LeaseRequest` -> `Leased`,
-        `LeaseRelease` -> `LeaseReleased`."""
+        `LeaseRelease` -> `LeaseReleased`; of a TE also `WeightsRequest` -> `WeightsOffer`."""
         return self._join("link", instance)
+
+    def demand(self, model: str) -> str:
+        """JE -> cluster manager: `Demand`."""
+        return self._join("demand", model)
+
+    def fleet(self, model: str) -> str:
+        """Cluster manager -> JEs, command line: `Fleet`."""
+        return self._join("fleet", model)
+
+    def scale(self, pod: str) -> str:
+        """Cluster manager -> pod host, request-reply: `ScaleOrder` -> `Scaled | Failure`."""
+        return self._join("scale", pod)
+
+    def scaling(self, model: str) -> str:
+        """Gateway, command line -> JEs (queue group `scheduler`), request-reply: `SetScaling` -> `ScalingEntry |
+        Failure`."""
+        return self._join("scaling", model)
 
     def line(self, gateway: str) -> str:
         """JE -> gateway, request-reply: `Line` -> `LineDone | Failure`."""

@@ -56,10 +56,10 @@ class Table:
 
     async def get(self, key: str, kind: type[M]) -> M | None:
         """The entry, or None."""
-        found = await self._get(key, kind)
+        found = await self.look(key, kind)
         return found and found[0]
 
-    async def _get(self, key: str, kind: type[M]) -> tuple[M, int] | None:
+    async def look(self, key: str, kind: type[M]) -> tuple[M, int] | None:
         """The entry and its revision, or None."""
         with _unavailable():
             try:
@@ -82,18 +82,22 @@ class Table:
                 return False
             return True
 
+    async def replace(self, key: str, message: object, revision: int) -> int | None:
+        """Write if the entry is still at `revision` (0: absent): the new revision, None if somebody else was faster."""
+        with _unavailable():
+            try:
+                return await self._bucket.update(self._key(key), wire.to_json(message), revision)
+            except nats.js.errors.KeyWrongLastSequenceError:
+                return None
+
     async def change(self, key: str, kind: type[M], step: Callable[[M], M]) -> M | None:
         """Replace an entry by `step(entry)`, anew if somebody else was faster: what it is now, None if it is not."""
         for _ in range(_MAX_TRIES):
-            found = await self._get(key, kind)
+            found = await self.look(key, kind)
             if found is None:
                 return None
             changed = step(found[0])
-            with _unavailable():
-                try:
-                    await self._bucket.update(self._key(key), wire.to_json(changed), found[1])
-                except nats.js.errors.KeyWrongLastSequenceError:
-                    continue
+            if await self.replace(key, changed, found[1]) is not None:
                 return changed
         raise errors.Unavailable("the table's entry is changed by too many at once")
 

@@ -40,6 +40,12 @@ def decode(data: bytes, *kinds: type[M]) -> M:
     return _from_map(unpack(data), kinds)
 
 
+def prepare(*kinds: type[Any]) -> None:
+    """Compile the plans of these messages now, not at their first use."""
+    for kind in kinds:
+        _plan(kind)
+
+
 def pack(value: object) -> bytes:
     """Plain values as msgpack bytes."""
     packed: bytes = msgpack.packb(value)

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from deepflow.bench.autoscale.cli import autoscale
 from deepflow.bench.client import Endpoint
 from deepflow.bench.command import Json, Model, Picture, Seed, Threads, bars, open_model, run
 from deepflow.bench.engine.plan import Compare, Device, Dtype, Kernels
 from deepflow.bench.lengths.cli import lengths
 from deepflow.bench.peers.plan import PEERS
 from deepflow.bench.route.cli import route
+from deepflow.bench.scale.cli import scale
 from deepflow.bench.workload import Dataset
 from deepflow.cli.screen import console, fail
 from shared.errors import DeepFlowError
@@ -26,6 +28,8 @@ app = typer.Typer(
 
 app.command()(lengths)
 app.command()(route)
+app.command()(autoscale)
+app.command()(scale)
 
 
 @app.callback()

@@ -93,11 +93,12 @@ class Client:
         """
         pieces: list[tuple[float, bytes]] = []
         clock = time.perf_counter
-        status, error = 0, ""
+        status, error, retry_after = 0, "", ""
         sent_s = clock()
         try:
             async with self.post(prompt, output_len) as response:
                 status = response.status
+                retry_after = response.headers.get("Retry-After", "")
                 take = response.content.readany
                 while data := await take():
                     pieces.append((clock(), data))
@@ -109,7 +110,12 @@ class Client:
             error = f"{type(fault).__name__}: {fault}"
         if status != 200:
             said = b"".join(data for _, data in pieces)[:300].decode(errors="replace")
-            return Sample(sent_s=sent_s, status=status, error=error or said)
+            return Sample(
+                sent_s=sent_s,
+                status=status,
+                error=error or said,
+                retry_after_s=float(retry_after) if retry_after.isdigit() else -1.0,
+            )
         answer = sse.read(pieces)
         if not answer.is_done and not error:
             error = answer.error or "the stream broke off"
@@ -117,6 +123,7 @@ class Client:
         return Sample(
             sent_s=sent_s,
             status=200,
+            id=answer.id,
             times_s=answer.times_s,
             text=answer.text,
             finish=answer.finish if not (error or answer.error) else "",

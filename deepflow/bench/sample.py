@@ -27,6 +27,7 @@ class Sample:
 
     sent_s: float
     status: int
+    id: str = ""  # as the server names the answer
     times_s: Sequence[float] = field(default_factory=tuple)
     text: str = ""
     finish: str = ""
@@ -34,6 +35,7 @@ class Sample:
     cached_tokens: int = 0
     output_tokens: int = 0
     error: str = ""
+    retry_after_s: float = -1.0  # what a refusal said; -1: nothing
 
     @property
     def ok(self) -> bool:

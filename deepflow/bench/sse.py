@@ -19,6 +19,7 @@ class Answer:
     """A streamed answer: arrival of each chunk that carried text, the text, and how it ended."""
 
     times_s: list[float] = field(default_factory=list)
+    id: str = ""
     text: str = ""
     finish: str = ""
     error: str = ""
@@ -62,6 +63,7 @@ def _event(answer: Answer, event: dict[str, Any]) -> str:
         error = event["error"]
         answer.error = str(error.get("message", error) if isinstance(error, dict) else error)
         return ""
+    answer.id = event.get("id") or answer.id
     answer.usage = event.get("usage") or answer.usage
     text = ""
     for choice in event.get("choices", ()):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from asyncio import subprocess
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,26 +31,35 @@ _FRESH_S: Final = 1.0  # a beat older than this says nothing about now
 _POLL_S: Final = 0.02
 _START_S: Final = 120.0
 _ASK_S: Final = 2.0
+_GATHER_S: Final = 0.5
 
 
 class Stack:
     """A running platform; make it with `start`. `bus` is a connection with the operator's rights."""
 
-    def __init__(self, instance: Instance, bus: Bus) -> None:
+    def __init__(self, instance: Instance, bus: Bus, up_s: float) -> None:
         self.url = instance.url
         self.pid = instance.pid  # of the launcher: the root of all its processes
-        self._bus = bus
+        self.bus = bus
+        self.up_s = up_s  # from the command until it had returned
         self._beats: dict[str, tuple[float, TeBeat]] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
     async def start(
-        cls, model: str, cache_dir: Path, settings: Mapping[str, str], *, num_workers: int = 1
+        cls,
+        model: str,
+        cache_dir: Path,
+        settings: Mapping[str, str],
+        *,
+        num_workers: int = 1,
+        max_workers: int | None = None,
+        more_models: Sequence[str] = (),
     ) -> AsyncIterator[Stack]:
-        """The platform with `num_workers` TEs of one model, ready, for as long as the block runs.
+        """The platform with `num_workers` TEs of each model, ready, for as long as the block runs.
 
-        `settings` are `DEEPFLOW_*` variables; none of the caller's own is taken over. Raises Unavailable with the
-        reason if it does not start.
+        Where there is a `max_workers`, demand may start that many. `settings` are `DEEPFLOW_*` variables; none of the
+        caller's own is taken over. Raises Unavailable with the reason if it does not start.
         """
         folder = Path(tempfile.mkdtemp(prefix="deepflow-bench-"))
         home = Home(folder, cache_dir)
@@ -59,25 +68,23 @@ class Stack:
         }
         env |= {"DEEPFLOW_HOME": str(folder), "DEEPFLOW_CACHE": str(cache_dir), **settings}
         try:
+            models = (model, *more_models)
+            started = time.perf_counter()
             await _command(
                 env,
-                "up",
-                "--detach",
-                "--model",
-                model,
-                "--workers",
-                str(num_workers),
-                "--port",
-                "0",
+                *("up", "--detach", "--port", "0"),
+                *(word for name in models for word in ("--model", name)),
+                *("--workers", _range(num_workers, max_workers)),
             )
+            up_s = time.perf_counter() - started
             instance = home.running()
             if instance is None:
                 raise Unavailable("the platform stopped right after its start")
             bus = await Bus.connect(instance.bus, name="bench", inbox=instance.user)
             try:
-                stack = cls(instance, bus)
+                stack = cls(instance, bus, up_s)
                 await bus.listen(bus.subjects.beat("te", "*"), (TeBeat,), stack._beat)
-                await stack.wait_ready(num_workers)
+                await stack.wait_ready(num_workers * len(models))
                 yield stack
             finally:
                 await bus.close()
@@ -126,15 +133,24 @@ class Stack:
         reply = await self._ask(te, "status")
         return int(orjson.loads(reply.body)["running"]), reply.pid
 
+    async def ask_all(self, kind: str, verb: str = "status") -> list[StatusReply]:
+        """What every service of a kind says of itself."""
+        subject = self.bus.subjects.status(kind, "all")
+        return await self.bus.gather(subject, StatusQuery(verb=verb), StatusReply, wait_s=_GATHER_S)
+
     async def _ask(self, te: str, verb: str) -> StatusReply:
-        subject = self._bus.subjects.status("te", te)
-        return await self._bus.request(
+        subject = self.bus.subjects.status("te", te)
+        return await self.bus.request(
             subject, StatusQuery(verb=verb), StatusReply, timeout_s=_ASK_S
         )
 
     def cpu_times(self) -> CpuTimes:
         """Of every process of the platform."""
         return cpu_times(self.pid)
+
+
+def _range(num_workers: int, max_workers: int | None) -> str:
+    return str(num_workers) if max_workers is None else f"{num_workers}..{max_workers}"
 
 
 async def _command(env: Mapping[str, str], *arguments: str) -> None:

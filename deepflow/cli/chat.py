@@ -71,6 +71,8 @@ def _answer(client: Client, model: str, messages: list[dict[str, str]]) -> str:
     usage: dict[str, Any] = {}
     try:
         for event in client.stream(model, messages):
+            if not text:
+                _notice(event.get("notice", ""))
             usage = event.get("usage") or usage
             for choice in event.get("choices", []):
                 piece = choice["delta"].get("content") or ""
@@ -86,6 +88,13 @@ def _answer(client: Client, model: str, messages: list[dict[str, str]]) -> str:
         say_rate = f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s"
         console.print(say_rate, style="dim", markup=False)
     return text
+
+
+def _notice(text: str) -> None:
+    """What is shown until the answer begins: the model may be asleep, and is being woken."""
+    if console.is_terminal:
+        console.file.write(f"\r{text:<16}\r")  # the console itself would drop what moves the cursor
+        console.file.flush()
 
 
 class Client:
@@ -114,6 +123,8 @@ class Client:
             if response.status != 200:
                 raise ChatError(_reason(response.read()))
             for line in response:
+                if line.startswith(b": "):  # what the server waits for
+                    yield {"notice": line[2:].decode(errors="replace").strip()}
                 if not line.startswith(b"data:"):
                     continue
                 data = line[5:].strip()

@@ -27,6 +27,7 @@ from shared.config import Settings
 from shared.errors import DeepFlowError
 from shared.messages import TeBeat
 from shared.restarts import Restarts
+from shared.scaling_messages import PodBeat
 
 SERVICES: Final = ("worker", "gateway", "scheduler", "cache")  # slowest start first
 DRAIN_ORDER: Final = ("gateway", "scheduler", "worker", "cache", "nats")
@@ -41,10 +42,11 @@ class Plan:
     """What is to be run."""
 
     models: tuple[str, ...]
-    num_workers: int  # TEs of each model that both prefill and decode
+    workers: str  # TEs of each model that both prefill and decode: 2, or as many of 0..8 as are asked for
     host: str
     port: int
     device: str
+    is_asleep: bool = False  # no TE is up before somebody asks for it
     pd: str = ""  # the others, like 1p1d
     tp: int = 1  # executors that share each layer of a model
     pp: int = 1  # stages of layers
@@ -155,7 +157,7 @@ class Launcher:
         if name == "worker":
             own |= {
                 "DEEPFLOW_MODELS": ",".join(self._plan.models),
-                "DEEPFLOW_WORKERS": str(self._plan.num_workers),
+                "DEEPFLOW_WORKERS": self._plan.workers,
                 "DEEPFLOW_PD": self._plan.pd,
                 "DEEPFLOW_DEVICE": self._plan.device,
                 "DEEPFLOW_TP": str(self._plan.tp),
@@ -192,14 +194,16 @@ class Launcher:
                 child.bound_log()
 
     async def _wait_ready(self, instance: Instance) -> None:
-        """Until every model has a TE that is ready, and the gateway says that it can serve."""
+        """Until every model has a TE that is ready, or a pod host that can start one, and the gateway can serve."""
         from shared.bus import Bus  # a quarter of a second that the children need not wait for
 
         missing = set(instance.models)
         served = asyncio.Event()
 
-        def on_beat(beat: TeBeat) -> None:
-            if beat.state == "ready":
+        def on_beat(beat: TeBeat | PodBeat) -> None:
+            if isinstance(beat, PodBeat):
+                missing.difference_update(model.name for model in beat.models)
+            elif beat.state == "ready":
                 missing.discard(beat.model)
             if not missing:
                 served.set()
@@ -207,6 +211,8 @@ class Launcher:
         bus = await Bus.connect(instance.bus, name="launcher", inbox=instance.user)
         try:
             await bus.listen(bus.subjects.beat("te", "*"), (TeBeat,), on_beat)
+            if self._plan.is_asleep:
+                await bus.listen(bus.subjects.beat("pod", "*"), (PodBeat,), on_beat)
             await served.wait()
         finally:
             await bus.close()

@@ -63,9 +63,13 @@ def up(
         list[str] | None, typer.Option(help="A model to serve; may be given several times.")
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option(min=0, max=64, help="Engines (TEs) of each model: 1, with --pd beside it 0."),
-    ] = None,
+        str,
+        typer.Option(
+            envvar="DEEPFLOW_WORKERS",
+            metavar="N|MIN..MAX",
+            help="Engines (TEs) of each model: 1, with --pd beside it 0; 0..8: as many as are asked for.",
+        ),
+    ] = "",
     pd: Annotated[
         str,
         typer.Option(
@@ -88,15 +92,19 @@ def up(
     """Start the platform: bus, gateway, scheduler, worker and cache. Ctrl-C stops it."""
     from deepflow.cli import up as command
     from deepflow.cli.launcher import Plan
-    from services.worker.settings import read_pd
+    from services.worker.settings import read_pd, read_range
 
+    workers = workers or ("0" if pd else "1")
     try:
         read_pd(pd)
+        least, most = read_range(workers)
     except ConfigError as error:
         fail(str(error), EXIT_CODE)
-    num_workers = (0 if pd else 1) if workers is None else workers
-    if not num_workers and not pd:
-        fail("--workers 0 leaves nobody to serve: say how to split the roles with --pd")
+    if not most and not pd:
+        fail(
+            "--workers 0 leaves nobody to serve: 0..1 starts an engine once it is asked for, "
+            "--pd says how to split the roles"
+        )
     if device in (Device.CUDA, Device.NPU):
         from deepflow.doctor.doctor import here, require
 
@@ -104,7 +112,8 @@ def up(
             require(here(), device.value)
     plan = Plan(
         models=tuple(model or [command.DEFAULT_MODEL]),
-        num_workers=num_workers,
+        workers=workers,
+        is_asleep=not least and not pd,
         pd=pd,
         host=host,
         port=port,
@@ -163,6 +172,39 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
     from deepflow.cli import status as command
 
     command.show(_home(), as_json=as_json)
+
+
+@app.command()
+def scale(
+    model: Annotated[str, typer.Argument(help="One that is served.")],
+    to: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="So many engines (TEs), always.")
+    ] = None,
+    least: Annotated[int | None, typer.Option("--min", min=0, help="At least so many.")] = None,
+    most: Annotated[int | None, typer.Option("--max", min=0, help="At most so many.")] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(min=0.0, metavar="S", help="Seconds that the last one idles.")
+    ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Take back all that was set, then set the rest.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait until they run.")] = 600,
+) -> None:
+    """Set how many engines (TEs) of a model there are, and wait until they run; without options: show it."""
+    from deepflow.cli import scale as command
+
+    if to is not None and (least is not None or most is not None):
+        fail("--to N is --min N --max N: give one or the other", EXIT_CODE)
+    if least is not None and most is not None and most < least:
+        fail("--max must not be below --min", EXIT_CODE)
+    wish = command.Wish(
+        least=least if to is None else to,
+        most=most if to is None else to,
+        keep_alive_s=keep_alive,
+        is_reset=auto,
+    )
+    with _answering(), contextlib.suppress(KeyboardInterrupt):
+        command.scale(_home(), model, wish, timeout)
 
 
 @app.command()

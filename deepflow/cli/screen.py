@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +18,9 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
+
+_MAX_WIDTH: Final = 1000
 
 # Addresses and commands are copied from the screen: never broken, never coloured by guess.
 console = Console(soft_wrap=True, highlight=False)
@@ -26,6 +30,13 @@ errors = Console(soft_wrap=True, highlight=False, stderr=True)
 def say(line: str) -> None:
     """One line for the person who watches."""
     console.print(line, markup=False)
+
+
+def show_table(table: Table) -> None:
+    """A table, as wide as it is: names are copied from it. On a narrow screen its lines go on in the next one."""
+    wide = console.options.update(max_width=_MAX_WIDTH)
+    table.width = Measurement.get(console, wide, table).maximum
+    console.print(table)
 
 
 def fail(line: str, code: int = 1) -> NoReturn:

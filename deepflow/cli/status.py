@@ -1,25 +1,30 @@
 """`deepflow status`: the services, TEs and models of the running instance, for people or as JSON.
 
-Asked over the bus: every service answers a status query with its process and a body of its own, and TEs tell their
-load five times a second. This module must not know what a service puts into its body beyond what it shows.
+Asked over the bus: every service answers a status query with its process and a body of its own, TEs tell their load
+five times a second, and pod hosts which TEs they have, those on their way included. This module must not know what a
+service puts into its body beyond what it shows.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 from typing import Any, Final
 
 from rich.table import Table
 
 from deepflow.cli.home import Home, Instance
-from deepflow.cli.screen import console, fail
+from deepflow.cli.scale import steps_table
+from deepflow.cli.screen import console, fail, say, show_table
 from shared.bus import Bus
 from shared.errors import DeepFlowError
 from shared.messages import StatusQuery, StatusReply, TeBeat
+from shared.scaling_messages import PodBeat, Start
 
 _WAIT_S: Final = 0.5  # more than two beats
 _CONNECT_S: Final = 5.0
+_STARTS_SHOWN: Final = 8
 
 
 def show(home: Home, *, as_json: bool) -> None:
@@ -40,20 +45,25 @@ def show(home: Home, *, as_json: bool) -> None:
 async def ask(instance: Instance) -> dict[str, Any]:
     """What runs, as `describe` puts it. Raises DeepFlowError, TimeoutError."""
     beats: dict[str, TeBeat] = {}
+    pods: dict[str, PodBeat] = {}
 
-    def on_beat(beat: TeBeat) -> None:
-        beats[beat.id] = beat
+    def on_beat(beat: TeBeat | PodBeat) -> None:
+        if isinstance(beat, PodBeat):
+            pods[beat.id] = beat
+        else:
+            beats[beat.id] = beat
 
     async with asyncio.timeout(_CONNECT_S):
         bus = await Bus.connect(instance.bus, name="status", inbox=instance.user)
     try:
         await bus.listen(bus.subjects.beat("te", "*"), (TeBeat,), on_beat)
+        await bus.listen(bus.subjects.beat("pod", "*"), (PodBeat,), on_beat)
         replies = await bus.gather(
             bus.subjects.status("all", "all"), StatusQuery(), StatusReply, wait_s=_WAIT_S
         )
     finally:
         await bus.close()
-    return describe(instance, replies, beats)
+    return describe(instance, replies, beats) | of_pods(pods)
 
 
 def describe(
@@ -90,7 +100,36 @@ def describe(
             }
             where = {"id": reply.id, "model": beat.model, "pid": reply.pid, "pod": beat.pod}
             tes.append({**body, **where, **load})
-    return {"services": services, "tes": tes, "models": instance.models, "url": instance.url}
+    found = {"services": services, "tes": tes, "models": instance.models, "url": instance.url}
+    return found | {
+        "starts": [start for one in services for start in one.get("starts", ())],
+        "fleets": [
+            {"model": name, **fleet}
+            for one in services
+            if one.get("cluster", {}).get("leading")
+            for name, fleet in one["cluster"]["models"].items()
+        ],
+    }
+
+
+def of_pods(pods: dict[str, PodBeat]) -> dict[str, Any]:
+    """What pod hosts have: `pods`, their budgets and the TEs that are on their way up or down."""
+    return {
+        "pods": [
+            {
+                "id": beat.id,
+                "host": beat.host,
+                "draining": beat.draining,
+                "term": beat.term,
+                "num_warm": beat.num_warm,
+                "max_tes": beat.max_tes,
+                "num_bytes": beat.num_bytes,
+                "models": [asdict(model) for model in beat.models],
+                "tes": [asdict(te) for te in beat.tes],
+            }
+            for beat in sorted(pods.values(), key=lambda beat: beat.id)
+        ]
+    }
 
 
 def _tables(found: dict[str, Any]) -> None:
@@ -109,5 +148,26 @@ def _tables(found: dict[str, Any]) -> None:
             *(str(te["running"]), str(te["waiting"])),
             *(f"{te['blocks_used'] / total:.0%}", f"{te['blocks_cached'] / total:.0%}"),
         )
-    console.print(services)
-    console.print(tes if found["tes"] else "No TE is up.", markup=False)
+    for pod in found["pods"]:  # those that do not beat yet
+        for te in pod["tes"]:
+            if te["state"] in ("starting", "waiting"):
+                state = f"{te['state']} {te['progress']} %" if te["progress"] else te["state"]
+                tes.add_row(te["te"] or "-", te["model"], te["role"], "", state, *[""] * 4)
+    show_table(services)
+    if tes.row_count:
+        show_table(tes)
+    else:
+        say("No TE is up.")
+    if found["fleets"]:
+        show_table(_fleets(found["fleets"]))
+    if found["starts"]:
+        latest = found["starts"][-_STARTS_SHOWN:]
+        show_table(steps_table([Start(**fields) for fields in latest]))
+
+
+def _fleets(fleets: list[dict[str, Any]]) -> Table:
+    table = Table("model", "wanted", "up", "starting", "min", "max", "because", box=None)
+    for one in fleets:
+        numbers = ("target", "ready", "starting", "min", "max")
+        table.add_row(one["model"], *(str(one.get(n, "")) for n in numbers), one.get("reason", ""))
+    return table

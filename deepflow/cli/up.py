@@ -46,7 +46,7 @@ def _foreground(home: Home, plan: Plan) -> int:
     say(f"Starting {', '.join(plan.models)}; logs are in {home.logs}.")
     try:
         launcher = Launcher(plan, home, os.environ, say)
-        return asyncio.run(launcher.run(lambda instance: _announce(instance, started)))
+        return asyncio.run(launcher.run(lambda instance: _announce(instance, plan, started)))
     except DeepFlowError as error:
         fail(error.message)
     finally:
@@ -67,7 +67,7 @@ def _remove_arena(home: Home) -> None:
         say(f"{folder} is left behind: {error}")
 
 
-def _announce(instance: Instance, started: float) -> None:
+def _announce(instance: Instance, plan: Plan, started: float) -> None:
     model = instance.models[0]
     body = {
         "model": model,
@@ -75,6 +75,8 @@ def _announce(instance: Instance, started: float) -> None:
     }
     seconds = time.monotonic() - started
     say(f"DeepFlow is ready at {instance.url} with {', '.join(instance.models)} ({seconds:.1f} s).")
+    if plan.is_asleep:
+        say("  No engine runs yet: the first request starts one.")
     say(
         f"  curl {instance.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     )
@@ -92,7 +94,7 @@ def _detached(home: Home, plan: Plan) -> int:
     home.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = home.log("launcher")
     command = [sys.executable, "-m", "deepflow.cli.main", "up", "--host", plan.host]
-    command += ["--port", str(plan.port), "--workers", str(plan.num_workers)]
+    command += ["--port", str(plan.port), "--workers", plan.workers]
     command += ["--pd", plan.pd, "--device", plan.device]
     command += ["--tp", str(plan.tp), "--pp", str(plan.pp)]
     for model in plan.models:

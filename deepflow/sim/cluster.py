@@ -17,6 +17,7 @@ from deepflow.sim.faults import Beats, Fault, JeDeath, TeDeath
 from deepflow.sim.flight import Flight, Names
 from deepflow.sim.gateway import Gateway
 from deepflow.sim.je import Je
+from deepflow.sim.manager import Manager
 from deepflow.sim.report import Result, TeShare
 from deepflow.sim.scaling import Scaling
 from deepflow.sim.scenario import Scenario, TeSpec
@@ -65,6 +66,12 @@ class Cluster:
         self._lengths = self._chance("lengths")
         self._beats_chance = self._chance("beats")
         self._disturbed: list[Beats] = []
+        self._life: dict[
+            str, list[float]
+        ] = {}  # of each TE: its start, and its end once it has come
+        self._manager = (
+            Manager(self.clock, scenario, MODEL, self) if scenario.autoscaling is not None else None
+        )
 
     def _chance(self, of: str) -> Random:
         """Randomness of one part's own, so that no part's draws depend on another's."""
@@ -84,6 +91,8 @@ class Cluster:
         for scaling in scenario.scaling:
             clock.at(scaling.at, self._scale, scaling)
         clock.after(TICK_S, self._tick)
+        if self._manager is not None:
+            self._manager.run()
         if self._calls:
             # Until everybody knows everybody.
             self._settled_s = 2 * scenario.beat_s
@@ -110,6 +119,12 @@ class Cluster:
         self._num_sent += 1
         if self._num_sent < len(self._calls):
             self._send_next()
+        if self._manager is not None:
+            self._manager.arrived(flight)
+            if not any(
+                te.state == "ready" for te in self.fleet()
+            ):  # it is told at once of who is parked
+                self.clock.after(3 * self.scenario.hop_s, self._manager.decide)
         self.gateway.send(flight)
 
     def _tick(self) -> None:
@@ -180,6 +195,7 @@ class Cluster:
             hop_s=self.scenario.hop_s,
         )
         self.tes[name] = self._by_number[number] = te
+        self._life[name] = [self.clock.now]
         self.clock.after(load_s, self._ready, te)
         self.clock.after(self.random.random() * self.scenario.beat_s, self._beat, te)
 
@@ -191,6 +207,7 @@ class Cluster:
 
     def on_token(self, held: Held) -> None:
         """See `Listener`."""
+        self._first(held)
         self.gateway.on_token(held)
 
     def on_ended(self, held: Held, ended: TaskEnded) -> None:
@@ -198,7 +215,13 @@ class Cluster:
         je = self._je_of(held)
         if je is not None:
             je.ended(ended)
+        self._first(held)
         self.gateway.on_ended(held)
+
+    def _first(self, held: Held) -> None:
+        flight = held.task.flight
+        if self._manager is not None and flight.first_at is None and not flight.over:
+            self._manager.answered(flight)
 
     def on_prefilled(self, held: Held, ended: TaskEnded, handover: Handover) -> None:
         """See `Listener`."""
@@ -221,6 +244,8 @@ class Cluster:
         beat = te.beat()
         if not te.is_cut:
             self.clock.after(self.scenario.hop_s, self.gateway.beat, te.name)
+            if self._manager is not None:
+                self.clock.after(self.scenario.hop_s, self._manager.beat, beat)
             for je in self.jes:
                 self._tell(te, je, Je.beat, beat)
         busy = beat.running or beat.waiting or te.state != "ready"
@@ -270,8 +295,14 @@ class Cluster:
                 te.cut()
                 clock.after(fault.for_s, self._heal, te)
 
-    def _kill(self, te: Te, fault: TeDeath) -> None:
+    def _die(self, te: Te) -> None:
         te.die()
+        self._life[te.name].append(self.clock.now)
+        if self._manager is not None:
+            self._manager.gone(te.name)
+
+    def _kill(self, te: Te, fault: TeDeath) -> None:
+        self._die(te)
         if fault.down_after_s is not None:
             self.clock.after(fault.down_after_s, self._down, te.name)
         if fault.restart_after_s is not None:
@@ -309,8 +340,29 @@ class Cluster:
 
     def _leave(self, te: Te) -> None:
         """It has finished what it had: it says farewell."""
-        te.die()
+        self._die(te)
         self._down(te.name)
+
+    # ------------------------------------------------------------------------------------------------- as pod host
+
+    def fleet(self) -> list[Te]:
+        """See `Host`."""
+        return [te for te in self.tes.values() if not te.is_dead]
+
+    def start(self) -> None:
+        """See `Host`."""
+        self._start(next(iter(self._specs), self.scenario.like), self.scenario.load_s)
+
+    def stop(self, te: Te) -> None:
+        """See `Host`."""
+        if te.state == "loading":
+            self._leave(te)
+        else:
+            te.state = "draining"
+
+    def parked(self) -> list[float]:
+        """See `Host`."""
+        return [since for je in self.jes if not je.is_dead for since in je.parked_since()]
 
     # --------------------------------------------------------------------------------------------------- the result
 
@@ -322,21 +374,23 @@ class Cluster:
             policy=self.scenario.policy,
             duration_s=max(ends, default=0.0) - start,
             requests=tuple(outcomes),
-            tes=tuple(_share(te) for te in self.tes.values()),
+            tes=tuple(self._share(te, start, max(ends, default=start)) for te in self.tes.values()),
             num_resubmissions=self.gateway.num_resubmissions,
             num_placements=sum(je.num_placements for je in self.gateway.jes),
             num_events=self.clock.num_events,
+            decisions=tuple(self._manager.decisions) if self._manager is not None else (),
         )
 
-
-def _share(te: Te) -> TeShare:
-    engine = te.engine
-    return TeShare(
-        te=te.name,
-        role=te.spec.role,
-        num_tasks=te.num_taken,
-        num_prefilled_tokens=engine.num_prefilled_tokens,
-        num_hit_tokens=engine.num_hit_tokens,
-        num_preemptions=engine.num_preemptions,
-        busy_s=engine.busy_s,
-    )
+    def _share(self, te: Te, start: float, end: float) -> TeShare:
+        engine = te.engine
+        born, *died = self._life[te.name]
+        return TeShare(
+            te=te.name,
+            role=te.spec.role,
+            num_tasks=te.num_taken,
+            num_prefilled_tokens=engine.num_prefilled_tokens,
+            num_hit_tokens=engine.num_hit_tokens,
+            num_preemptions=engine.num_preemptions,
+            busy_s=engine.busy_s,
+            up_s=max(min([end, *died]) - max(born, start), 0.0),
+        )

@@ -38,6 +38,7 @@ class _Parked:
     flight: Flight
     attempt: int
     until: float
+    since: float
 
 
 class Je:
@@ -87,7 +88,9 @@ class Je:
             until = self._clock.now + min(
                 self._scenario.park_s, flight.arrived + self._scenario.deadline_s - self._clock.now
             )
-            self._parked.append(_Parked(flight=flight, attempt=attempt, until=until))
+            self._parked.append(
+                _Parked(flight=flight, attempt=attempt, until=until, since=self._clock.now)
+            )
         return held
 
     def _place(self, flight: Flight, attempt: int) -> Generator[float, None, Held | None]:
@@ -269,6 +272,10 @@ class Je:
             self.trees.load(dump)
 
     # ------------------------------------------------------------------------------------------------------ parking
+
+    def parked_since(self) -> list[float]:
+        """Since when each request waits here that does."""
+        return [one.since for one in self._parked]
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []

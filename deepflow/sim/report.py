@@ -10,6 +10,7 @@ from typing import Final
 import orjson
 
 from deepflow.bench.distribution import percentile
+from deepflow.sim.scaling import Decision
 
 WINDOW_S: Final = 60.0
 DONE: Final = "length"
@@ -61,6 +62,7 @@ class TeShare:
     num_hit_tokens: int
     num_preemptions: int
     busy_s: float
+    up_s: float  # it was there, starting, ready or draining, between the first arrival and the last end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,7 @@ class Result:
     num_resubmissions: int
     num_placements: int
     num_events: int
+    decisions: tuple[Decision, ...] = ()
 
     # ------------------------------------------------------------------------------------------------- of requests
 
@@ -110,6 +113,11 @@ class Result:
         arrivals = [one.arrived_s for one in self.requests]
         span_s = max(arrivals, default=0.0) - min(arrivals, default=0.0)
         return good / span_s if span_s > 0 else float(good)
+
+    @property
+    def te_seconds(self) -> float:
+        """What all TEs together were there, which somebody pays for."""
+        return math.fsum(te.up_s for te in self.tes)
 
     @property
     def hit_rate(self) -> float:

@@ -9,7 +9,7 @@ from typing import Self, TypeAlias
 
 from deepflow.sim.faults import Fault
 from deepflow.sim.profile import NPU_34B_TP4, Profile
-from deepflow.sim.scaling import Scaling
+from deepflow.sim.scaling import Autoscaling, Scaling
 from deepflow.sim.trace import BLOCK, Call
 from services.scheduler.heatmap import Heatmap
 from services.scheduler.policy.base import COLOCATED, DECODE, PREFILL
@@ -87,6 +87,8 @@ class Scenario:
     min_split_tokens: int | None = None  # None: as the placer has it
     faults: tuple[Fault, ...] = field(default=())
     scaling: tuple[Scaling, ...] = field(default=())
+    autoscaling: Autoscaling | None = None
+    like: TeSpec = field(default_factory=TeSpec)  # a TE that comes where there was none
 
     @classmethod
     def of(

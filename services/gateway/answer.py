@@ -16,6 +16,7 @@ from services.gateway.choices import ChoiceText, Piece
 from shared.errors import DeepFlowError
 
 MAX_PIECES = 256
+MAX_NOTICES = 8
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class Answer:
         self._pieces: list[Piece] = []
         self._latest: dict[int, Piece] = {}  # per choice, the last waiting piece
         self._notices: list[str] = []
+        self._said = ""  # the latest notice
         self._changed = asyncio.Event()
         self._moved = now
 
@@ -84,16 +86,20 @@ class Answer:
             self._changed.set()
 
     def notice(self, text: str, now: float) -> None:
-        """Tell the client what it is waiting for; at most one notice waits."""
-        if self._streaming and not self._notices and not self.finished:
-            self._notices.append(text)
-            self._moved = now
-            self._changed.set()
+        """Tell the client what it is waiting for, again only after a silence. To one that reads slowly, what is the
+        case now."""
+        is_news = text != self._said or now - self._moved > self._keep_alive_s
+        if not self._streaming or self.finished or not is_news:
+            return
+        del self._notices[MAX_NOTICES - 1 :]
+        self._notices.append(text)
+        self._said, self._moved = text, now
+        self._changed.set()
 
     def tick(self, now: float, *, parked: bool) -> None:
         """Time has passed: a silent stream gets a notice, so that nobody between us and the client closes it."""
         if now - self._moved > self._keep_alive_s:
-            self.notice("queued" if parked else "keep-alive", now)
+            self.notice(self._said or "queued" if parked else "keep-alive", now)
 
     def _merge(self, pieces: list[Piece]) -> None:
         if not self._latest:

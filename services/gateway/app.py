@@ -19,6 +19,7 @@ from services.gateway.counts import Counts
 from services.gateway.http import middleware
 from services.gateway.job_routes import JobRoutes
 from services.gateway.lines import Lines
+from services.gateway.model_routes import ModelRoutes
 from services.gateway.producers import Producers
 from services.gateway.prompts import Prompts
 from services.gateway.publics import PublicPrefixes
@@ -39,7 +40,7 @@ async def main(service: Service[GatewaySettings]) -> None:
     prompts = Prompts(settings.num_tokenizers, settings.tokenize_timeout_s, log)
     catalogue = Catalogue(bus, settings.cache_dir, log, prompts.announce)
     streams = Streams(bus, service.id, service.tasks, counts, log)
-    secrets = TenantSecrets(bus)
+    secrets = TenantSecrets(bus, patience_s=settings.park_s)
     contexts = Contexts(bus, settings, PublicPrefixes(secrets.public), log)
     calls = Calls(settings, catalogue, prompts, streams, secrets, contexts, counts, log)
     maker = ContextMaker(calls, catalogue, prompts, contexts, secrets)
@@ -53,6 +54,7 @@ async def main(service: Service[GatewaySettings]) -> None:
         middlewares=[middleware(settings, counts, log)], client_max_size=settings.max_body_bytes
     )
     Routes(service, calls, catalogue, prompts).add_to(app)
+    ModelRoutes(settings, catalogue, bus).add_to(app)
     CacheRoutes(settings, maker, contexts).add_to(app)
     JobRoutes(settings, files, batches).add_to(app)
     runner = web.AppRunner(

@@ -7,9 +7,11 @@ Content-Type. This module must not know aiohttp.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import secrets
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,6 +27,7 @@ OPERATOR: Final = "operator"
 _PUBLIC: Final = ":public"  # whose secret shared prefixes are hashed with; no key can name it
 SECRET_BYTES: Final = 32
 MAX_SECRETS: Final = 4096
+_RETRY_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,12 @@ def _names_loopback(url: str) -> bool:
 
 
 class TenantSecrets:
-    """Each tenant's random secret, made once for the whole platform: KV never crosses tenants."""
+    """Each tenant's random secret, made once for the whole platform: KV never crosses tenants. While the table cannot
+    be reached, whoever wants one waits for up to `patience_s`."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, *, patience_s: float = 0.0) -> None:
         self._bus = bus
+        self._patience_s = patience_s
         self._known: OrderedDict[str, bytes] = OrderedDict()
 
     async def get(self, tenant: str) -> bytes:
@@ -124,10 +129,14 @@ class TenantSecrets:
         return await self._get(_PUBLIC)
 
     async def _get(self, tenant: str) -> bytes:
-        secret = self._known.get(tenant)
-        if secret is None:
-            secret = await self._fetch(tenant)
-            self._known[tenant] = secret
+        give_up = time.monotonic() + self._patience_s
+        while (secret := self._known.get(tenant)) is None:
+            try:
+                self._known[tenant] = await self._fetch(tenant)
+            except Unavailable:
+                if time.monotonic() >= give_up:
+                    raise
+                await asyncio.sleep(_RETRY_S)
             if len(self._known) > MAX_SECRETS:
                 self._known.popitem(last=False)
         return secret

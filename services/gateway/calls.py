@@ -30,6 +30,7 @@ from services.gateway.counts import Counts, ModelCounts
 from services.gateway.delivery import Limits
 from services.gateway.openai.bodies import Header
 from services.gateway.openai.caches import continued
+from services.gateway.openai.chunks import waiting
 from services.gateway.openai.orders import Order, check_model, max_tokens
 from services.gateway.prompts import Prompt, Prompts
 from services.gateway.settings import GatewaySettings
@@ -130,9 +131,9 @@ class _PromptSink:
         """See Sink."""
         self._answer.tick(now, parked=parked)
 
-    def parked(self, now: float) -> None:
+    def waits(self, stage: str, percent: int, now: float) -> None:
         """See Sink."""
-        self._answer.notice("queued", now)
+        self._answer.notice(waiting(stage, percent), now)
 
 
 class Calls:

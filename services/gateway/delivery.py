@@ -26,6 +26,7 @@ from shared.errors import (
     DeepFlowError,
     Internal,
     NotFound,
+    NotReady,
     Overloaded,
     Unavailable,
     from_code,
@@ -39,7 +40,7 @@ PROBE_S: Final = (
     1.0,
     8.0,
 )  # first and longest silence before the TE is asked; doubles while nothing is new
-PARKED_SILENCE_S: Final = 5.0  # a JE tells about what it parks more often than this
+PARKED_SILENCE_S: Final = 3.0  # a JE tells about what it parks more often than this
 HANDOVER_S: Final = 2.0  # from the first TE's last delta to any sign of the second
 SUBMIT_TIMEOUT_S: Final = (2.0, 10.0)
 BACKOFF_S: Final = (0.05, 2.0)
@@ -447,6 +448,8 @@ class Delivery:
             return self.fail(error)
         if isinstance(error, NotFound) and self.te is None:
             return self.fail(error)  # a JE that does not know the model
+        if isinstance(error, NotReady) and not self.started:
+            return self.fail(error)  # the JE knows how long it would take
         if now >= self._deadline or (not self.started and now >= self._park_until):
             return self.fail(error)
         if self.te is not None or isinstance(error, Internal):

@@ -21,7 +21,7 @@ from services.gateway.http import (
     read_json,
     require_operator,
 )
-from services.gateway.openai.bodies import model_body, models_body, whole
+from services.gateway.openai.bodies import whole
 from services.gateway.openai.chunks import DONE, ChunkWriter, comments, error_event, events
 from services.gateway.openai.orders import Order, read_chat, read_completion
 from services.gateway.openai.tokens import read_detokenize, read_tokenize
@@ -57,8 +57,6 @@ class Routes:
         router = app.router
         router.add_post("/v1/chat/completions", self.chat)
         router.add_post("/v1/completions", self.completion)
-        router.add_get("/v1/models", self.models)
-        router.add_get("/v1/models/{name:.+}", self.model)
         router.add_post("/tokenize", self.tokenize)
         router.add_post("/detokenize", self.detokenize)
         router.add_get("/health", self.health)
@@ -127,17 +125,7 @@ class Routes:
             pass  # the client left: the call's context counts and cancels
         return response
 
-    # --------------------------------------------------------------------------------------------- models and tokens
-
-    async def models(self, request: web.Request) -> web.Response:
-        """GET /v1/models."""
-        return json_response(models_body([model.entry for model in self._catalogue.models()]))
-
-    async def model(self, request: web.Request) -> web.Response:
-        """GET /v1/models/{id}; ids may hold slashes."""
-        return json_response(
-            model_body((await self._catalogue.find(request.match_info["name"])).entry)
-        )
+    # -------------------------------------------------------------------------------------------------------- tokens
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """POST /tokenize, as vLLM: {count, max_model_len, tokens, token_strs}."""

@@ -54,8 +54,8 @@ class Sink(Protocol):
     def tick(self, now: float, *, parked: bool) -> None:
         """Time has passed."""
 
-    def parked(self, now: float) -> None:
-        """The request waits because no TE of its model is up."""
+    def waits(self, stage: str, percent: int, now: float) -> None:
+        """What the request waits for, as `Progress` says it; `warm` also once a TE has it."""
 
 
 class Stream:
@@ -203,8 +203,10 @@ class Streams:
                 self._tes.beat(answer.te, now)  # it answered the JE just now
             else:
                 self._jes.beat(answer.by, now)
+            was_parked = delivery.parked  # and it was told already what for
             self._do(stream, delivery.accepted(action.attempt, answer.by, answer.te, now))
-            self._tell_parked(stream, now)
+            if delivery.parked and not (was_parked or delivery.over):
+                stream.sink.waits("queued", 0, now)
 
     async def _request(
         self, subject: str, message: Request | Replay, kind: type[M], timeout_s: float
@@ -278,6 +280,8 @@ class Streams:
                     self._stray(source, delta.request, delta.attempt, now)
                 continue
             touched.add(delta.request)
+            if stream.delivery.parked and delta.ids and stream.delivery.awaits(delta.attempt):
+                stream.sink.waits("warm", 0, now)  # the tokens were faster than the JE's word
             actions = stream.delivery.tokens(source, delta, now)
             if actions:
                 self._do(stream, actions)
@@ -315,15 +319,14 @@ class Streams:
         else:
             self._jes.beat(progress.source, now)
         delivery = stream.delivery
+        was_parked = delivery.parked
         actions = delivery.progress(
             progress.source, progress.attempt, progress.state, progress.te, now
         )
         self._do(stream, actions)
-        self._tell_parked(stream, now)
-
-    def _tell_parked(self, stream: Stream, now: float) -> None:
-        if stream.delivery.parked and not stream.delivery.over:
-            stream.sink.parked(now)
+        if not delivery.over and (was_parked or delivery.parked):
+            stage = progress.stage if delivery.parked else "warm"
+            stream.sink.waits(stage, progress.percent, now)
 
     def _te_beat(self, beat: TeBeat) -> None:
         stalled = beat.progress_ms > STALLED_MS + beat.step_ms

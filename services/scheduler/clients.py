@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from services.scheduler.outlook import QUEUED, Stage
 from shared import log
 from shared.bus import Bus
 from shared.errors import DeepFlowError
@@ -30,9 +31,14 @@ class Clients:
         self._frames.pop(client, None)
 
     async def progress(
-        self, request: Request, state: str, te: str | None = None, waited_s: float = 0.0
+        self,
+        request: Request,
+        state: str,
+        te: str | None = None,
+        waited_s: float = 0.0,
+        stage: Stage = QUEUED,
     ) -> None:
-        """What is happening to a request: a state of `Progress`."""
+        """What is happening to a request: a state of `Progress` and, while it is parked, what it waits for."""
         progress = Progress(
             source=self._je,
             request=request.request,
@@ -40,6 +46,8 @@ class Clients:
             state=state,
             te=te,
             waited_ms=int(waited_s * 1000),
+            stage=stage.name,
+            percent=stage.percent,
         )
         await self._tell(request.client, progress)
 

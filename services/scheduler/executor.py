@@ -1,11 +1,12 @@
 """The Job Executor proper: what becomes of each request this JE was handed, from admission to its end.
 
 A request is decided at once (a TE accepts it, or it is refused), or parked while no TE of its model is up and then
-dispatched, cancelled or failed: exactly one terminal frame per choice in every case. The newest attempt of a request
-wins; older ones are cancelled wherever they are. A parked request whose TE stays ambiguous, or whose JE leaves, is
-failed with `Unavailable(retry_after_s=0)`, which tells its gateway to resubmit at once; past its budget the hint is
-positive and meant for the client. A request may be split over two TEs (`handover`). This module must not know
-subscriptions, signals, or how a TE is chosen.
+dispatched, cancelled or failed: exactly one terminal frame per choice in every case. It is parked as well while the TEs
+that are up run all they can and more are about to come (`outlook`): a herd wakes one and is shared by all. The newest
+attempt of a request wins; older ones are cancelled wherever they are. A parked request whose TE stays ambiguous, or
+whose JE leaves, is failed with `Unavailable(retry_after_s=0)`, which tells its gateway to resubmit at once; what cannot
+be served within its budget fails with `NotReady`, whose hint is meant for the client. A request may be split over two
+TEs (`handover`). This module must not know subscriptions, signals, or how a TE is chosen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Final
 from services.scheduler.clients import Clients
 from services.scheduler.handover import Active, Handovers
 from services.scheduler.job import JobKind, State, serve
+from services.scheduler.outlook import WARM, Outlook
 from services.scheduler.parking import Parked, ParkingLot
 from services.scheduler.registry import Registry
 from shared import log
@@ -29,6 +31,7 @@ from shared.errors import (
     DeepFlowError,
     InvalidRequest,
     ModelNotFound,
+    NotReady,
     Overloaded,
     Unavailable,
 )
@@ -40,10 +43,11 @@ from shared.messages import (
     Prefilled,
     Request,
     TaskEnded,
+    TeBeat,
 )
+from shared.scaling_messages import Fleet
 
 PROGRESS_S: Final = 1.0
-_RETRY_AFTER_S: Final = 5.0  # told to a client whose model had no TE for its whole park budget
 _SERVED: Final = (JobKind.CHAT, JobKind.COMPLETION, JobKind.CACHE)
 _MAX_ACTIVE: Final = 65_536
 _OVERDUE_S: Final = 60.0  # an active request this far past its deadline has ended unheard
@@ -67,6 +71,7 @@ class JobExecutor:
     ) -> None:
         self.je = je
         self.lot = lot
+        self.outlook = Outlook()
         self._registry = registry
         self._handovers = handovers
         self._clients = clients
@@ -106,7 +111,7 @@ class JobExecutor:
                 old = Cancel(request=request.request, attempt=known.plan.attempt)
                 await self._cancel(old, known)
             te = None
-            if self._registry.ready(request.model):
+            if self._registry.ready(request.model) and not self._is_held(request):
                 te = await self._dispatch(request, active)
             if te is None:
                 await self._park(request, active)
@@ -127,6 +132,9 @@ class JobExecutor:
 
     async def _dispatch(self, request: Request, active: Active) -> str | None:
         """Places the first task, split or whole; None if no TE could be reached. Raises as the dispatcher does."""
+        if self.outlook.is_spreading(request.model, self._clock()):
+            full = self._registry.full(request.model)
+            request = replace(request, avoid=[*request.avoid, *full])
         if self._handovers.worthwhile(request):
             te = await self._handovers.prefill(request, active)
             if te is not None:
@@ -141,25 +149,56 @@ class JobExecutor:
             raise ModelNotFound(f"the model {request.model!r} does not exist", param="model")
         if self._leaving or active.cancelled:
             raise Unavailable("this attempt has no place here any more", retry_after_s=0.0)
-        if min(request.park_ms, request.deadline_ms) <= 0:
-            raise Unavailable(
-                f"no replica of model {request.model!r} is up", retry_after_s=_RETRY_AFTER_S
+        now, model = self._clock(), request.model
+        budget_s = self.lot.budget_s(request)
+        if budget_s <= 0:
+            raise NotReady(
+                f"no replica of model {model!r} is up", retry_after_s=self._retry_after_s(model)
             )
-        parked = self.lot.park(request, active.plan, self._clock())
-        self._log.info("request_parked", request=request.request, model=request.model)
+        num_ahead = self.lot.num_waiting(model)
+        is_asleep = not self._registry.ready(model)
+        if is_asleep:
+            is_alive = bool(self._registry.group(model))
+            refusal = self.outlook.refusal(
+                model, budget_s=budget_s, num_ahead=num_ahead, is_alive=is_alive, now=now
+            )
+            if refusal is not None:
+                raise refusal
+        try:
+            parked = self.lot.park(request, active.plan, now)
+        except Overloaded as error:
+            raise Overloaded(error.message, retry_after_s=self._retry_after_s(model)) from error
+        if is_asleep and not num_ahead:
+            self.outlook.waits(model, now)
+        self._log.info("request_parked", request=request.request, model=model)
         await self._tell_progress(parked, "parked")
-        self.unpark(request.model)  # a TE may have come up while the catalogue was read
+        self.unpark(model)  # a TE may have come up while the catalogue was read
+
+    def _is_held(self, request: Request) -> bool:
+        """Whether more TEs come so soon that it does better to wait for them than in the queue of one."""
+        model = request.model
+        return (
+            self.outlook.is_spreading(model, self._clock())
+            and (self.lot.num_waiting(model) > 0 or not self._registry.has_room(model))
+            and self.lot.budget_s(request) > 0
+            and self.lot.has_room(request)
+        )
+
+    def _may_leave(self, model: str) -> bool:
+        """Whether one that is parked may be given to a TE now."""
+        is_spreading = self.outlook.is_spreading(model, self._clock())
+        return self._registry.ready(model) and (not is_spreading or self._registry.has_room(model))
 
     def unpark(self, model: str) -> None:
         """Places the model's parked requests, one after another, while it has a TE with room."""
-        if model not in self._unparking and not self._leaving:
+        if self.lot.num_waiting(model) and model not in self._unparking and not self._leaving:
             self._unparking[model] = self._tasks.create_task(
                 self._unpark(model), name=f"unpark-{model}"
             )
 
     async def _unpark(self, model: str) -> None:
         try:
-            while self._registry.ready(model) and (parked := self.lot.next(model)) is not None:
+            while self._may_leave(model) and (parked := self.lot.next(model)) is not None:
                 if not await self._place(parked):
                     return
         finally:
@@ -177,6 +216,8 @@ class JobExecutor:
             await self._end(parked, "failed", failure(error))
             return True
         if te is not None:
+            is_last = not self.lot.num_waiting(request.model)
+            self.outlook.left(request.model, self._clock(), is_last=is_last)
             await self._tell_progress(parked, "dispatched", te)
             return True
         if active.cancelled:
@@ -192,18 +233,44 @@ class JobExecutor:
         now = self._clock()
         for parked in self.lot.take_expired(now):
             late = now - parked.since >= parked.request.deadline_ms / 1000
-            await self._end(parked, "failed", _TOO_LATE if late else _no_te(parked.request.model))
-        for parked in self.lot:
-            if now - parked.told >= PROGRESS_S and parked.request.request in self.lot:
-                await self._tell_progress(parked, "parked")
+            why = _TOO_LATE if late else self._not_ready(parked.request.model)
+            await self._end(parked, "failed", why)
         for model in self.lot.models():
-            if self._registry.ready(model):
+            is_alive = bool(self._registry.group(model))
+            if self.outlook.is_off(model, is_alive=is_alive, now=now):
+                for parked in self.lot.take_model(model):
+                    await self._end(parked, "failed", self._not_ready(model))
+            elif self._registry.ready(model):
                 self.unpark(model)
+        await self._tell_all(now)
         for request, active in list(self._active.items()):
             if active.until < now and request not in self.lot:
                 self._forget(request, active)
 
+    async def _tell_all(self, now: float) -> None:
+        """Those who wait hear once a second what for, and at once when that is something else."""
+        stages = {
+            model: self.outlook.stage(model, self._registry.group(model), now)
+            for model in self.lot.models()
+        }
+        for parked in self.lot:
+            stage = stages.get(parked.request.model, parked.stage)  # it may be another lot by now
+            is_due = stage != parked.stage or now - parked.told >= PROGRESS_S
+            if is_due and parked.request.request in self.lot:
+                await self._tell_progress(parked, "parked")
+
     # ------------------------------------------------------------------------------------------------ what one hears
+
+    def on_beat(self, beat: TeBeat, *, newly_ready: bool) -> None:
+        """A TE lives, and may have room for somebody who waits."""
+        if newly_ready:
+            self.outlook.woke(beat.model, self._clock())
+        if newly_ready or (beat.state == "ready" and beat.free_slots):
+            self.unpark(beat.model)
+
+    def on_fleet(self, fleet: Fleet) -> None:
+        """What the cluster manager is about."""
+        self.outlook.heard(fleet, self._clock())
 
     def on_cancel(self, cancel: Cancel) -> None:
         """`cancel.<je>`: for a request whose TE the gateway does not know yet."""
@@ -214,6 +281,9 @@ class JobExecutor:
     def on_ended(self, ended: TaskEnded) -> None:
         """`events.<je>`: a TE is done with a task of ours."""
         self._handovers.ended(ended)
+        beat = self._registry.last_beat(ended.te)
+        if beat is not None:
+            self.unpark(beat.model)
         active = self._active.get(ended.request)
         if active is None or active.plan.attempt != ended.attempt:
             return
@@ -325,8 +395,27 @@ class JobExecutor:
             self._forgot.set()
 
     async def _tell_progress(self, parked: Parked, state: str, te: str | None = None) -> None:
+        model = parked.request.model
         parked.told = now = self._clock()
-        await self._clients.progress(parked.request, state, te, now - parked.since)
+        parked.stage = WARM
+        if te is None:
+            parked.stage = self.outlook.stage(model, self._registry.group(model), now)
+        await self._clients.progress(parked.request, state, te, now - parked.since, parked.stage)
+
+    def _retry_after_s(self, model: str) -> float:
+        return self.outlook.retry_after_s(
+            model,
+            num_ahead=self.lot.num_waiting(model),
+            is_ready=self._registry.ready(model),
+            now=self._clock(),
+        )
+
+    def _not_ready(self, model: str) -> Failure:
+        return Failure(
+            code=NotReady.code,
+            message=f"no replica of model {model!r} could take the request in time",
+            retry_after_s=self._retry_after_s(model),
+        )
 
 
 _LEAVING: Final = Failure(
@@ -335,11 +424,3 @@ _LEAVING: Final = Failure(
 _TOO_LATE: Final = Failure(
     code=DeadlineExceeded.code, message="the deadline passed before a replica was up"
 )
-
-
-def _no_te(model: str) -> Failure:
-    return Failure(
-        code=Unavailable.code,
-        message=f"no replica of model {model!r} came up in time",
-        retry_after_s=_RETRY_AFTER_S,
-    )

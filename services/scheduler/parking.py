@@ -1,4 +1,4 @@
-"""The parked requests of a JE: accepted while no TE of their model was up, within two bounds.
+"""The parked requests of a JE: accepted while no TE of their model was up, or had room, within two bounds.
 
 They leave for a TE in the order in which it would take them: by band, then by what their tenants got, then by age. A
 request leaves the lot exactly once: taken for dispatch, cancelled, orphaned (its client fell silent) or expired.
@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Final
 
 from services.scheduler.job import Plan
+from services.scheduler.outlook import QUEUED, Stage
 from shared.errors import Overloaded
 from shared.fairness import FairQueue
 from shared.messages import Request
@@ -41,6 +42,7 @@ class Parked:
     num_bytes: int
     number: int
     told: float = float("-inf")  # when the client last heard of it
+    stage: Stage = QUEUED  # and what
 
     def remaining(self, now: float) -> Request:
         """The request as it stands now: time spent here is gone from its budgets."""
@@ -76,23 +78,30 @@ class ParkingLot:
 
     def park(self, request: Request, plan: Plan, now: float) -> Parked:
         """Raises Overloaded when the lot is full. The caller has removed an older attempt before."""
-        cost = num_bytes(request)
-        if len(self) >= self.max_requests or self.num_bytes + cost > self.max_bytes:
+        if not self.has_room(request):
             raise Overloaded(
-                f"no replica of model {request.model!r} is up and too many requests wait for one",
-                retry_after_s=self._retry_after_s(now),
+                f"no replica of model {request.model!r} is up and too many requests wait for one"
             )
-        budget_s = min(request.park_ms / 1000, request.deadline_ms / 1000, self.max_park_s)
         parked = Parked(
             request=request,
             plan=plan,
             since=now,
-            until=now + budget_s,
-            num_bytes=cost,
+            until=now + self.budget_s(request),
+            num_bytes=num_bytes(request),
             number=next(self._numbers),
         )
         self._add(parked)
         return parked
+
+    def has_room(self, request: Request) -> bool:
+        """Whether it may be parked."""
+        return (
+            len(self) < self.max_requests and self.num_bytes + num_bytes(request) <= self.max_bytes
+        )
+
+    def budget_s(self, request: Request) -> float:
+        """How long it may be parked."""
+        return min(request.park_ms / 1000, request.deadline_ms / 1000, self.max_park_s)
 
     def put_back(self, parked: Parked) -> None:
         """Back in its old place: it was taken for dispatch and no TE had room. Never refused, it was inside already."""
@@ -117,6 +126,11 @@ class ParkingLot:
         queue.share(*_tenant(first)).served += len(first.request.prompt)
         return self.take(first.request.request)
 
+    def num_waiting(self, model: str) -> int:
+        """How many wait for this model."""
+        queue = self._queues.get(model)
+        return len(queue) if queue is not None else 0
+
     def models(self) -> list[str]:
         """The models somebody waits for, longest wait first."""
         return list(dict.fromkeys(parked.request.model for parked in self))
@@ -124,6 +138,11 @@ class ParkingLot:
     def take_client(self, client: str) -> list[Parked]:
         """Removes and returns all requests of a client."""
         ids = [p.request.request for p in self if p.request.client == client]
+        return [parked for request in ids if (parked := self.take(request))]
+
+    def take_model(self, model: str) -> list[Parked]:
+        """Removes and returns all requests for a model."""
+        ids = [p.request.request for p in self if p.request.model == model]
         return [parked for request in ids if (parked := self.take(request))]
 
     def take_expired(self, now: float) -> list[Parked]:
@@ -144,11 +163,6 @@ class ParkingLot:
                 del self._queues[idle]  # no more queues than requests, and one
             self._queues[model] = FairQueue(lambda parked: (parked.number,))
         return self._queues[model]
-
-    def _retry_after_s(self, now: float) -> float:
-        """When the first of those inside must have left, at least a second."""
-        ends = [parked.until - now for parked in self._parked.values()]
-        return max(1.0, min(ends, default=1.0))
 
 
 def _tenant(parked: Parked) -> tuple[int, str]:

@@ -98,6 +98,7 @@ class _Te:
     beat: TeBeat
     beaten: float
     given: dict[str, Given] = field(default_factory=dict)  # by task, what no beat contains yet
+    num_freed: int = 0  # tasks that the last beat contains and that have ended since
     late: _Late = field(default_factory=_Late)
     suspect_until: float = 0.0
     reachable: bool = True  # False from an unanswered subject until the next beat
@@ -141,7 +142,7 @@ class Registry:
             self._tes[beat.id] = te
         elif beat.step < te.beat.step:
             return False  # overtaken by a later one
-        te.beat, te.beaten, te.reachable, te.load = beat, now, True, None
+        te.beat, te.beaten, te.reachable, te.load, te.num_freed = beat, now, True, None, 0
         for task, given in list(te.given.items()):
             if now - given.when > SETTLE_S:  # the beat's own prediction contains it by now
                 del te.given[task]
@@ -191,8 +192,12 @@ class Registry:
     def ended(self, te: str, task: str) -> None:
         """The TE is done with the task, or does not do it."""
         known = self._tes.get(te)
-        if known is not None and known.given.pop(task, None) is not None:
+        if known is None:
+            return
+        if known.given.pop(task, None) is not None:
             known.load = None
+        else:
+            known.num_freed += 1
 
     def did(self, te: str, work_s: float, now: float) -> None:
         """So much prefill was given to `te` now; less than 0 where it was not, after all."""
@@ -283,6 +288,22 @@ class Registry:
     def ready(self, model: str) -> bool:
         """Whether `model` has a candidate."""
         return any(te.beat.model == model and te.is_candidate for te in self._tes.values())
+
+    def full(self, model: str) -> list[str]:
+        """The TEs that are ready for `model` and could not run one more task at once, as far as is known here."""
+        peers = max(1, self.num_peers)
+        return [
+            name
+            for name, te in self._tes.items()
+            if te.beat.model == model
+            and te.is_candidate
+            and te.beat.free_slots + te.num_freed <= len(te.given) * peers
+        ]
+
+    def has_room(self, model: str) -> bool:
+        """Whether a TE that is ready for `model` is not full."""
+        num_ready = sum(te.beat.model == model and te.is_candidate for te in self._tes.values())
+        return num_ready > len(self.full(model))
 
     def page(self, te: str) -> int:
         """Tokens of one KV page of a TE."""

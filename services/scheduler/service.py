@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Set
 from random import Random
 from typing import Any
 
 from services.scheduler.background import Background
 from services.scheduler.clients import Clients
+from services.scheduler.cluster.manager import ClusterManager
 from services.scheduler.costs import Costs
+from services.scheduler.demand import DemandMeter
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.executor import JobExecutor
 from services.scheduler.handover import Handovers
@@ -41,6 +44,7 @@ from shared.messages import (
     TaskEnded,
     TeBeat,
 )
+from shared.scaling_messages import Fleet
 from shared.service import Service
 from shared.subjects import QUEUE_SCHEDULER
 from shared.table import keep_read
@@ -102,6 +106,10 @@ class Scheduler:
             max_bytes=settings.park_max_bytes,
             max_park_s=settings.park_max_s,
         )
+        self._demand = DemandMeter(service.id, self._lot, lengths, costs, slo_s=settings.slo_ttft_s)
+        self._cluster = ClusterManager(
+            service, tes=self._registry.beats, models=self._catalogue_names
+        )
         clients = Clients(service.bus, service.id)
         handovers = Handovers(
             dispatcher,
@@ -144,6 +152,7 @@ class Scheduler:
         bus.on_disconnect(self._on_disconnect)
         bus.on_reconnect(self._on_reconnect)
         await bus.listen(subjects.beat("te", "*"), (TeBeat,), self._on_te_beat)
+        await bus.listen(subjects.fleet("*"), (Fleet,), self._executor.on_fleet)
         await bus.listen(subjects.beat("gateway", "*"), (Beat,), self._on_client_beat)
         await bus.listen(subjects.beat("scheduler", "*"), (Beat,), self._on_peer_beat)
         await bus.listen(subjects.down("*", "*"), (Down,), self._on_down)
@@ -153,6 +162,7 @@ class Scheduler:
         await bus.listen(subjects.events(service.id), events, self._on_event)
         await self._predictors.start(service.tasks)
         await self._refresh()
+        await self._cluster.start()
         intake = await bus.serve(
             subjects.request("*"),
             (Request,),
@@ -161,10 +171,12 @@ class Scheduler:
             limit=service.settings.max_in_flight,
         )
         service.tasks.create_task(self._tick_loop(), name="tick")
+        service.tasks.create_task(self._demand.run(bus), name="demand")
         reading = keep_read(self._refresh, self._refresh_now, _REFRESH_S)
         service.tasks.create_task(reading, name="refresh")
         service.status(self._status)
         service.verb("placement", lambda request: {"decisions": self._regrets.of(request)})
+        service.on_drain(self._cluster.leave)
         service.on_drain(lambda: self._leave(intake))
         service.beat(self._beat)
         service.ready()
@@ -176,16 +188,20 @@ class Scheduler:
             accepted = await self._executor.admit(request)
         except DeepFlowError as error:
             self._requests.labels(error.code).inc()
+            self._demand.refused(request, error)
             raise
         self._requests.labels("parked" if accepted.te is None else "accepted").inc()
+        self._demand.accepted(request, accepted.te)
         self._predictors.on_accepted(request)
         return accepted
 
     def _on_te_beat(self, beat: TeBeat) -> None:
         newly_ready = self._registry.beat(beat, time.monotonic())
         self._prompts.seen(beat)
+        self._demand.beat(beat)
+        self._executor.on_beat(beat, newly_ready=newly_ready)
         if newly_ready:
-            self._executor.unpark(beat.model)
+            self._cluster.on_te_ready()
 
     def _on_client_beat(self, beat: Beat) -> None:
         self._clients.beat(beat.id, time.monotonic())
@@ -212,6 +228,7 @@ class Scheduler:
             self._executor.on_prefilled(event)
         elif isinstance(event, TaskEnded):
             self._ended.labels(event.finish).inc()
+            self._demand.ended(event)
             self._executor.on_ended(event)
             self._predictors.on_ended(event)
         elif isinstance(event, TrainingEnded):
@@ -262,6 +279,9 @@ class Scheduler:
         """From the last view; a name that is not in it is looked up, it may be new."""
         return self._catalogue.get(name) or await self._models.get(name, ModelEntry)
 
+    def _catalogue_names(self) -> Set[str]:
+        return self._catalogue.keys()
+
     def _pods(self, model: str) -> list[str]:
         """The pod hosts that serve a model, the idlest first."""
         beats = sorted(self._registry.group(model), key=lambda beat: beat.outstanding_s)
@@ -308,6 +328,7 @@ class Scheduler:
             "registered_but_silent": self._registry.silent(),
             "prompts": self._prompts.status(),
             "predictors": self._predictors.status(),
+            "cluster": self._cluster.status(),
             "decisions": self._regrets.latest(_DECISIONS_SHOWN),
         }
 

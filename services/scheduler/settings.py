@@ -36,6 +36,10 @@ class SchedulerSettings(Settings):
         256  # lines of batches, per model; how many there are is found by trying
     )
     store: StoreSettings
+    cluster_lease_s: float = (
+        3.0  # after so long without a word of the leader another scheduler leads
+    )
+    slo_ttft_s: float = 1.0  # a first token that takes longer is late: more TEs are called for
     seed: int | None = None  # of ties; None: another one at each start
 
     @classmethod
@@ -64,6 +68,8 @@ class SchedulerSettings(Settings):
             "job_lease_s": reader.number("DEEPFLOW_JOB_LEASE_S", LEASE_S, 0.5, 600.0),
             "num_batches": reader.integer("DEEPFLOW_BATCHES", 8, 1, 1024),
             "batch_max_in_flight": reader.integer("DEEPFLOW_BATCH_MAX_IN_FLIGHT", 256, 1, 65_536),
+            "cluster_lease_s": reader.number("DEEPFLOW_CLUSTER_LEASE_S", 3.0, 0.5, 60.0),
+            "slo_ttft_s": reader.number("DEEPFLOW_SLO_TTFT_S", 1.0, 0.01, 3600.0),
             "store": StoreSettings.read(reader, settings["home_dir"]),
             "seed": None if seed < 0 else seed,
         }

@@ -79,9 +79,11 @@ class _Record:
 class Caching:
     """Fetches, write-through and the peers' leases of one TE. Made before the engine, `open`ed when it is ready."""
 
-    def __init__(self, service: Service[TeSettings], loop: EngineLoop, recipe: str) -> None:
-        settings = service.settings
+    def __init__(
+        self, service: Service[TeSettings], settings: TeSettings, loop: EngineLoop, recipe: str
+    ) -> None:
         self._service = service
+        self._settings = settings
         self._bus = service.bus
         self._log = service.log
         self._loop = loop
@@ -102,7 +104,7 @@ class Caching:
 
     async def open(self, engine: Engine) -> None:
         """The engine is there: serve its pages to peers, and bring them to the arena. Raises Unavailable."""
-        settings = self._service.settings
+        settings = self._settings
         self._page_bytes = engine.page_bytes
         self._load_s = self._page_bytes / _PRIOR_BYTES_S
         if not engine.movable:
@@ -214,7 +216,7 @@ class Caching:
         """A request lacks pages: fetch them, unless computing them takes no longer than asking. In the engine's thread,
         before the step, which waits for nothing here."""
         compute_s = want.page_s * len(want.hashes)
-        settings = self._service.settings
+        settings = self._settings
         if (self._has_arena() or want.handover) and compute_s >= settings.fetch_min_s:
             # A stalled source is noticed by whoever reads from it; this bounds what a slow one may cost.
             patience_s = max(settings.fetch_timeout_s, compute_s * _PATIENCE)

@@ -1,97 +1,122 @@
-"""Both ends of the tie between a pod host and a child process of it. Must not know what the child does.
+"""The pod host's end of the tie: one TE's process, however it came to be. Must not know what the process does.
 
-The child has a process group of its own (Ctrl-C in a terminal reaches the pod host alone, which then drains it), says
-its name in one line on standard output, and cannot outlive its parent: the kernel kills it when the parent dies, and
-where the kernel does not offer that, the end of its standard input does.
+The process has a session of its own: Ctrl-C in a terminal reaches the pod host alone, which then drains it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import os
 import signal
-import sys
-from typing import TYPE_CHECKING, Final
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Final
 
-if TYPE_CHECKING:
-    from asyncio.subprocess import Process
-    from collections.abc import Mapping
+from services.worker.process import Process, ending
+from services.worker.tie import Assignment, Drain, Named, Ready, TeEvent, decode, encode
 
-_PR_SET_PDEATHSIG: Final = 1
+_READ_BYTES: Final = 1 << 16
 RANK_LOST: Final = 3  # exit code of a TE that lost one of the executors that hold its model
 
 
 class Child:
-    """The parent's end: one running Python module."""
+    """A child process of ours, and our end of its tie. `process`: exec | fork (of the zygote) | warm (pre-warmed).
 
-    def __init__(self, process: Process) -> None:
-        self._process = process
-        self.pid = process.pid
+    `changed` is called when it got ready, and when it ended. One reader at a time: `name` or `events`.
+    """
 
-    @classmethod
-    async def start(cls, module: str, env: Mapping[str, str]) -> Child:
-        """Run `python -m module` in the environment `env`; what it prints goes to our standard error."""
-        return cls(
-            await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                env=env,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
-        )
+    def __init__(
+        self, pid: int, tie: socket.socket, process: str, changed: Callable[[], None]
+    ) -> None:
+        self.pid = pid
+        self.process = process
+        self.is_ready = False
+        self._process = Process(pid, self._on_end)
+        self._changed = changed
+        self._name: str | None = None
+        self._tie = tie
+        self._heard = b""
+        self._events: asyncio.Queue[TeEvent | None] = asyncio.Queue()  # None: that was all
+        asyncio.get_running_loop().add_reader(tie.fileno(), self._hear)
 
     @property
     def running(self) -> bool:
         """Whether it has not been seen to end."""
-        return self._process.returncode is None
+        return self._process.running
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether it may yet get ready."""
+        return self.running and not self.is_ready
 
     async def name(self) -> str:
-        """The name that the child gave itself, once it did; "" if it ended without one."""
-        assert self._process.stdout is not None
-        return (await self._process.stdout.readline()).decode().strip()
+        """The name that the TE gave itself, once it did; "" if it ended without one."""
+        if self._name is None:
+            first = await self._next()
+            self._name = first.te if isinstance(first, Named) else ""
+        return self._name
+
+    async def events(self) -> AsyncIterator[TeEvent]:
+        """What the TE says of its start, name and all, until it ends."""
+        if name := await self.name():
+            yield Named(name)
+        while (event := await self._next()) is not None:
+            yield event
+
+    def assign(self, assignment: Assignment) -> None:
+        """Tell it what to be. Once."""
+        self._say(assignment)
+
+    def terminate(self, migrate_after_s: float | None = None) -> None:
+        """Ask it to end, with its own grace or as `Drain` says; nothing happens if it has."""
+        if migrate_after_s is not None:
+            self._say(Drain(migrate_after_s))
+        else:
+            self._process.signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it (SIGKILL), stopped or not; nothing happens if it has ended."""
+        self._process.signal(signal.SIGKILL)
 
     async def wait(self) -> str:
         """Wait for its end; how it ended, in words ("killed by SIGKILL", "exited with 1")."""
         code = await self._process.wait()
-        if code == RANK_LOST:
-            return f"lost a rank of its model, exited with {code}"
-        if code >= 0:
-            return f"exited with {code}"
-        try:
-            return f"killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"killed by signal {-code}"
+        return ("lost a rank of its model, " if code == RANK_LOST else "") + ending(code)
 
-    def terminate(self) -> None:
-        """Ask it to end (SIGTERM); nothing happens if it has."""
-        if self.running:
-            self._process.terminate()
+    async def _next(self) -> TeEvent | None:
+        event = await self._events.get()
+        if event is None:
+            self._events.put_nowait(None)  # for whoever asks again
+        return event
 
-    def kill(self) -> None:
-        """End it (SIGKILL), stopped or not; nothing happens if it has ended."""
-        if self.running:
-            self._process.kill()
+    def _say(self, said: Assignment | Drain) -> None:
+        with contextlib.suppress(OSError):  # it has ended, or hears nothing: either will be noticed
+            self._tie.send(encode(said), socket.MSG_DONTWAIT)
 
+    def _hear(self) -> None:
+        data = b""
+        with contextlib.suppress(ConnectionError):
+            data = self._tie.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        *lines, self._heard = (self._heard + data).split(b"\n")
+        for line in lines:
+            event: TeEvent = decode(line)
+            self._events.put_nowait(event)
+            if isinstance(event, Ready):
+                self.is_ready = True
+                self._changed()
+        if not data:
+            self._close()
 
-def attach(name: str) -> None:
-    """The child's end, called in its event loop: tell `name`, and tie our life to the parent's."""
-    os.write(sys.stdout.fileno(), f"{name}\n".encode())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is log
-    die_with_parent()
-    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_if_orphaned)
+    def _on_end(self) -> None:
+        """It has ended: hear what it said before that, which is all there is to hear."""
+        while self._tie.fileno() >= 0:
+            try:
+                self._hear()
+            except BlockingIOError:  # a child of its own has the socket too
+                self._close()
+        self._changed()
 
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill us when the parent dies, where it can."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _end_if_orphaned() -> None:
-    if not os.read(sys.stdin.fileno(), 4096):  # nobody writes: this is the end of the parent
-        os.kill(os.getpid(), signal.SIGKILL)
+    def _close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._tie.fileno())
+        self._tie.close()
+        self._events.put_nowait(None)

@@ -1,43 +1,250 @@
-"""Makes a TE's engine: weights, KV cache, one warm-up request. Runs in the engine's thread.
+"""Brings a model into a TE: weights, KV cache, and a dummy request, whose outcome tells right weights from wrong ones.
 
-This module must not know the bus or the shell.
+`Loading` is one start, from the moment that the model is known until it is served; what it finds out on the way is kept
+in the model's profile. This module must not know the bus or the shell.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
+import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from services.worker.child import RANK_LOST
+from services.worker.flowserve.config import ModelError
 from services.worker.flowserve.engine import Engine
 from services.worker.flowserve.life import local_request
+from services.worker.flowserve.prepared import discard, find_prepared, verify
+from services.worker.preloader import bring_in, drop, is_warm, weight_files
+from services.worker.profile import Canary, Profile, ProfileKey, read_profile, write_profile
+from services.worker.recipe import pick_backend, recipe_digest
+from services.worker.tie import Loaded, Ready, StepTook, WeightsCame
 from shared import log
 from shared.messages import Sampling
+from shared.scaling_messages import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
+    from services.worker.flowserve.backend import Backend
+    from services.worker.flowserve.prepared import Prepared
     from services.worker.flowserve.spmd.crew import Loss
     from services.worker.settings import TeSettings
+    from services.worker.tie import TeEvent
     from shared.catalog import ModelFolder
 
-# With three tokens of output no page is computed whole, not even the smallest: nothing enters the index.
-_WARM_UP_PROMPT: Final = 13
+# The dummy request: no page is computed whole, not even the smallest, so nothing enters the index.
+_PROMPT: Final = 6
+# One step has read every weight; where kernels are chosen, or graphs captured, by the shape of a step, decode too.
+_NUM_TOKENS: Final = {"native": 1, "torch": 3}
+# Of a log-probability. Native products are exact, but the last bits of a logarithm are the machine's; elsewhere the
+# order of sums changes with batch, threads and library.
+_TOLERANCE: Final = {"native": 1e-3, "torch": 0.1}
+# How far a start is, in percent: weights lie here, weights are mapped.
+_WEIGHTS_HERE, _WEIGHTS_MAPPED = 80, 90
 
 
-def load_engine(
-    folder: ModelFolder, settings: TeSettings, wake: Callable[[], None] | None = None
+class Loading:
+    """One start of one TE. `obtain` runs in the event loop, then `load` in the engine's thread; `ready` and `keep`
+    follow once the TE serves.
+
+    `fetch` brings the weights here where they are not, from another TE, and says where they came from ("disk" or "dram"
+    where nothing was to be done); without it the disk is the only source. `say` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        settings: TeSettings,
+        *,
+        fetch: Callable[[], Awaitable[str]] | None = None,
+        say: Callable[[TeEvent], None] = lambda _: None,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.percent = 0
+        self.weights = ""  # where they came from: disk | dram | fork
+        self.backend: Backend = pick_backend(folder, settings)
+        self.recipe = recipe_digest(folder, self.backend)
+        self.profile: Profile | None = None  # what was known before
+        self._key = ProfileKey(
+            recipe=self.recipe,
+            device=_device(self.backend),
+            room=f"{settings.kv_tokens} tokens, {settings.kv_bytes} bytes, {settings.max_num_seqs}"
+            f" choices, {settings.max_batched_tokens} rows",
+        )
+        self._fetch = fetch
+        self._say = say
+        self._began = time.monotonic()
+        self._mapped = self._began  # when the weights were there
+        self._found: Profile | None = None  # to be kept
+
+    async def obtain(self) -> None:
+        """Have the weights on this host, if somebody here has them to give."""
+        if self._fetch is not None:
+            self.weights = await self._fetch()
+
+    def load(self, wake: Callable[[], None]) -> Engine:
+        """The engine, proven by its dummy request. Raises DeepFlowError naming what is wrong with model or memory."""
+        files = self._bring_in()
+        self.profile = read_profile(self._key, self.settings.cache_dir)
+        engine = self._make(wake)
+        canary = _run_canary(engine, _NUM_TOKENS[self.backend.kernels])
+        if self.profile is None:
+            self._found = self._measured(engine, canary, files)
+        elif not self._is_right(canary):
+            engine = self._again(engine, canary, wake)
+        # What was made so far stays: the collector need not visit it again.
+        gc.collect()
+        gc.freeze()
+        return engine
+
+    def ready(self) -> None:
+        """The TE serves: all steps that are its own are done."""
+        self.percent = 100
+        self._say(StepTook(Step.TE_POST_LOAD, time.monotonic() - self._mapped))
+        self._say(Ready())
+
+    async def keep(self) -> None:
+        """Keep what was found out, unless the weights turn out not to be what they should. Takes a while."""
+        if self._found is not None:
+            await asyncio.to_thread(self._keep, self._found)
+
+    # ------------------------------------------------------------------------------------------------------- internals
+
+    def _progress(self, percent: int) -> None:
+        if percent > self.percent:
+            self.percent = percent
+            self._say(Loaded(percent))
+
+    def _files(self) -> list[Path]:
+        prepared = takes_prepared(self.backend)
+        return weight_files(self.folder.path, self.settings.cache_dir, prepared=prepared)
+
+    def _bring_in(self) -> list[Path]:
+        """Read what lies on the disk alone, in large pieces: page by page, as it is needed, would take longer."""
+        files = self._files()
+        warm = is_warm(files)
+        if self.weights != "fork":
+            self.weights = "dram" if warm else "disk"
+        if files and not warm:
+            total, before = sum(path.stat().st_size for path in files), 0
+            for path in files:
+                before += bring_in(path, partial(self._read, before, total))
+        self._progress(_WEIGHTS_HERE)
+        return files
+
+    def _read(self, before: int, total: int, num_bytes: int) -> None:
+        self._progress((before + num_bytes) * _WEIGHTS_HERE // max(total, 1))
+
+    def _make(self, wake: Callable[[], None]) -> Engine:
+        num_blocks = None if self.profile is None else self.profile.num_blocks
+        return make_engine(
+            self.folder, self.settings, wake, num_blocks=num_blocks, on_weights=self._on_weights
+        )
+
+    def _on_weights(self) -> None:
+        """The decoder has them: what follows is the step after."""
+        if self.percent < _WEIGHTS_MAPPED:
+            self._mapped = time.monotonic()
+            self._say(StepTook(Step.TE_LOAD, self._mapped - self._began))
+            self._say(WeightsCame(self.weights))
+            self._progress(_WEIGHTS_MAPPED)
+
+    def _is_right(self, canary: Canary) -> bool:
+        assert self.profile is not None
+        return self.profile.canary.equals(canary, _TOLERANCE[self.backend.kernels])
+
+    def _again(self, engine: Engine, canary: Canary, wake: Callable[[], None]) -> Engine:
+        """The weights are not those of the profile: read them once more, prepared anew if they are not whole. Raises
+        ModelError if that does not mend it."""
+        assert self.profile is not None
+        prepared = self._prepared()
+        whole = prepared is None or verify(prepared)
+        log.get(service="te").error(
+            "canary_wrong",
+            model=self.folder.name,
+            weights=self.weights,
+            whole=whole,
+            came=canary.ids,
+        )
+        engine.close()
+        del engine  # and with it the mapping
+        gc.collect()
+        if prepared is not None and not whole:
+            discard(prepared)
+        del prepared
+        for path in self._files():
+            drop(path)
+        self.weights = "disk"
+        engine = self._make(wake)
+        canary = _run_canary(engine, _NUM_TOKENS[self.backend.kernels])
+        if self._is_right(canary):
+            return engine
+        engine.close()
+        raise ModelError(
+            f"model {self.folder.name!r} does not answer the dummy request as its weights should"
+            f" ({canary.ids}, not {self.profile.canary.ids}): `deepflow pull {self.folder.name}` anew, or remove"
+            f" {self._key.path(self.settings.cache_dir)} if this machine computes otherwise now"
+        )
+
+    def _prepared(self) -> Prepared | None:
+        """The weights, if they are of the kind that has a digest."""
+        if not takes_prepared(self.backend):
+            return None
+        return find_prepared(self.folder.path, self.settings.cache_dir)
+
+    def _measured(self, engine: Engine, canary: Canary, files: list[Path]) -> Profile:
+        now = time.monotonic()
+        num_blocks = engine.settings.num_blocks
+        return Profile(
+            recipe=self.recipe,
+            device=self._key.device,
+            num_blocks=num_blocks,
+            kv_bytes=num_blocks * self.backend.bytes_per_block,
+            te_bytes=own_bytes(),
+            weights_bytes=sum(path.stat().st_size for path in files or self._files()),
+            load_s=self._mapped - self._began,
+            post_load_s=now - self._mapped,
+            canary=canary,
+        )
+
+    def _keep(self, profile: Profile) -> None:
+        prepared = self._prepared()
+        if prepared is not None and not verify(prepared):
+            log.get(service="te").error("weights_damaged", model=self.folder.name)
+            return
+        try:
+            write_profile(profile, self._key, self.settings.cache_dir)
+        except OSError as error:  # the next one finds it out itself
+            log.get(service="te").warning("profile_not_kept", error=str(error))
+
+
+def make_engine(
+    folder: ModelFolder,
+    settings: TeSettings,
+    wake: Callable[[], None] | None = None,
+    *,
+    num_blocks: int | None = None,
+    on_weights: Callable[[], None] | None = None,
 ) -> Engine:
-    """The engine for one model, warmed up; it asks for pages that it lacks, and calls `wake` when some have moved.
+    """The engine of a TE with these settings, cold; with `wake`, it asks for pages that it lacks, and calls that when
+    some have moved. `num_blocks` of KV cache, else what the settings say.
 
     Raises DeepFlowError naming what is wrong with the model or the memory.
     """
-    engine = Engine.from_folder(
+    kv_tokens = settings.kv_tokens or None
+    if num_blocks is not None:
+        kv_tokens = num_blocks * pick_backend(folder, settings).page
+    return Engine.from_folder(
         folder.path,
         dtype=settings.dtype,
-        kv_tokens=settings.kv_tokens or None,
+        kv_tokens=kv_tokens,
         kv_bytes=settings.kv_bytes,
         tp=settings.tp,
         pp=settings.pp,
@@ -52,12 +259,38 @@ def load_engine(
         fetch=wake is not None,
         wake=wake,
         on_loss=_end_process,
+        on_weights=on_weights,
     )
-    _warm_up(engine)
-    # What was made so far stays: the collector need not visit it again.
-    gc.collect()
-    gc.freeze()
+
+
+def load_engine(
+    folder: ModelFolder, settings: TeSettings, wake: Callable[[], None] | None = None
+) -> Engine:
+    """As `make_engine`, warmed up; nothing is kept."""
+    engine = make_engine(folder, settings, wake)
+    _run_canary(engine, max(_NUM_TOKENS.values()))
     return engine
+
+
+def takes_prepared(backend: Backend) -> bool:
+    """Whether it computes with prepared weights, not with the checkpoint's own files."""
+    return backend.kernels == "native" or (backend.device, backend.dtype) == ("cpu", "w8a8")
+
+
+def own_bytes() -> int:
+    """Memory of this process that lies in no file, its share where others have it too; 0 where the system does not
+    tell."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(":", 1) for line in lines[1:])
+    return int(fields.get("Pss_Anon", "0 kB").split()[0]) << 10
+
+
+def _device(backend: Backend) -> str:
+    """What computes, in words that are equal where profiles may be."""
+    return f"{backend.device} {backend.kernels} {backend.dtype} {backend.tp}x{backend.pp}"
 
 
 def _end_process(loss: Loss) -> None:
@@ -67,10 +300,26 @@ def _end_process(loss: Loss) -> None:
     os._exit(RANK_LOST)
 
 
-def _warm_up(engine: Engine) -> None:
-    """One short request, so that the first real one does not pay for lazy initialisation."""
-    prompt = [0] * min(_WARM_UP_PROMPT, engine.context - 1)
-    sampling = Sampling(max_tokens=3, seed=0, temperature=0.0, ignore_eos=True)
-    engine.submit(local_request("warm-up", prompt, sampling))
+def _run_canary(engine: Engine, num_tokens: int) -> Canary:
+    """One short request: the first real one does not pay for lazy initialisation, and wrong weights show. Raises
+    ModelError if it fails."""
+    num_prompt = max(1, min(_PROMPT, engine.context - num_tokens))
+    prompt = [(7919 * index + 17) % engine.vocab for index in range(num_prompt)]
+    sampling = Sampling(max_tokens=num_tokens, seed=0, temperature=0.0, ignore_eos=True, logprobs=2)
+    engine.submit(local_request("canary", prompt, sampling))
+    ids: list[int] = []
+    logprobs: list[float] = []
+    gaps: list[float] = []
     while engine.has_work():
-        engine.step()
+        output = engine.step()
+        for _, delta in output.deltas:
+            if delta.failure is not None:
+                raise ModelError(
+                    f"the dummy request failed: {delta.failure.message}"
+                ) from output.error
+            ids += delta.ids
+            for one in delta.logprobs or []:
+                logprobs.append(float(one.logprob))
+                best, *others = one.top_logprobs
+                gaps.append(float(best - others[0]) if others else 0.0)
+    return Canary(ids=ids, logprobs=logprobs, gaps=gaps)

@@ -14,10 +14,12 @@ from shared.messages import Band
 if TYPE_CHECKING:
     from shared.messages import TeBeat
     from shared.metrics import Metrics
+    from shared.scaling_messages import Start
 
 _LABELS: Final = ("model_name", "te")
 _BAND_LABELS: Final = (*_LABELS, "band")
 _BLOCK_LABELS: Final = (*_LABELS, "state")
+_STEP_LABELS: Final = ("step", "process", "weights")
 _BANDS: Final = frozenset(band.name.lower() for band in Band)
 _STATES: Final = ("live", "cached", "leased", "free")
 _GAUGES: Final = {
@@ -75,6 +77,9 @@ class Meters:
         self._restarts = metrics.counter(
             "deepflow_te_restarts", "TEs started again after a death.", _LABELS
         )
+        self._steps = metrics.histogram(
+            "deepflow_scaling_step_seconds", "Steps of a TE's start.", _STEP_LABELS
+        )
         self._tally = Tally()
 
     def beat(self, place: str, beat: TeBeat) -> None:
@@ -116,3 +121,8 @@ class Meters:
     def restarted(self, model: str, place: str) -> None:
         """A new TE was started in `place`."""
         self._restarts.labels(model, place).inc()
+
+    def started(self, start: Start) -> None:
+        """A TE has come up."""
+        for step, seconds in start.steps.items():
+            self._steps.labels(step, start.process, start.weights).observe(seconds)

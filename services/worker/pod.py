@@ -1,32 +1,38 @@
-"""The pod host: one per machine or container. It starts Task Executors, watches over them, and says so when one dies.
+"""The pod host: one per machine or container. It has the Task Executors that it is to have, and says which it has.
 
-The rim around `child` (a process), `restarts` (when to try again), `meters` (what they report) and `trainer` (other
-processes, which learn something and end). A TE is watched in three ways: its process (the death of it is known at
-once), its beats (silence or no progress is death), and the time it takes to load. It must not know what a TE computes,
-and imports no torch: it is what stays up.
+What it is to have comes from its settings until the first order, then from orders; `groups` compares it with what there
+is, `place` watches over each TE, `budget` says for how many there is room, `stock` knows the models, and `trainer` has
+other processes, which learn something and end. It must not know what a TE computes, and imports no torch: it is what
+stays up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
 import os
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from services.worker.child import Child
+from services.worker.budget import Budget, default_bytes, memory_bytes
 from services.worker.flowserve.device.pick import pick
+from services.worker.groups import Group, reconcile
 from services.worker.meters import Meters
-from services.worker.recipe import model_entry, pick_backend, served_context
+from services.worker.place import Place, Surroundings
 from services.worker.registrar import Registrar
-from services.worker.settings import WorkerSettings, for_te
+from services.worker.settings import WorkerSettings, default_threads, num_cores
+from services.worker.starter import Starter
+from services.worker.starts import Starts
+from services.worker.stock import Stock
+from services.worker.tie import Assignment
 from services.worker.trainer import Trainer
-from services.worker.visible import present, visible
-from shared.catalog import open_model
-from shared.errors import DeepFlowError
+from services.worker.visible import num_places, present, visible
+from shared.errors import Forbidden, ModelNotFound, Unavailable
 from shared.liveness import Liveness
-from shared.messages import Down, Registration, TeBeat
+from shared.messages import Registration
 from shared.restarts import Restarts
+from shared.scaling_messages import PodBeat, Scaled, ScaleOrder, Start
 from shared.service import Service, host_name
 
 if TYPE_CHECKING:
@@ -34,231 +40,322 @@ if TYPE_CHECKING:
     from typing import Any
 
 _JUDGE_S: Final = 0.25
+_TURNS: Final = 4  # processes that are being made at once
+_NEWS_S: Final = 0.05  # what changes within this time is told in one beat
 # No beat for so long, or no progress for so long beyond the predicted step: the TE hangs. On purpose more patient than
 # gateways and JEs (1.5 s). If they are wrong about a TE that is merely slow, requests move; if we are, weights are
 # loaded again, on a machine that is slow already. It also covers a TE that finds the bus again later than we do.
 HUNG_S: Final = 5.0
-_LAST_WORDS_S: Final = 5.0  # beyond its grace, what a TE gets to say its last words
-
-
-class Place:
-    """Where one TE of a model lives, one process after the other."""
-
-    def __init__(self, model: str, label: str, role: str) -> None:
-        self.model = model
-        self.label = label  # on metrics
-        self.role = role
-        self.devices: dict[str, str] = {}  # the variable that shows it its accelerators
-        self.restarts = Restarts()
-        self.child: Child | None = None
-        self.te = ""  # the present instance, once it told its name
-        # Then a TE's own: loading, ready, draining; "waiting" between two TEs.
-        self.state = "starting"
-        self.started_at = 0.0
-        self.verdict = ""  # why we killed it
+_LAST_WORDS_S: Final = 5.0  # beyond the grace, what TEs get to say their last words
+COLOCATED: Final = "colocated"
 
 
 class Pod:
-    """Supervises the TEs of each model, of every role, until the service stops."""
+    """Has the TEs of each model, of every role, until the service stops. Raises ModelNotFound, ModelError, Unavailable
+    where there can be none."""
 
     def __init__(self, service: Service[WorkerSettings], env: Mapping[str, str]) -> None:
+        settings = service.settings
         self._service = service
-        self._settings = service.settings
+        self._settings = settings
         self._env = env
         self._bus = service.bus
         self._log = service.log
-        self._meters = Meters(service.metrics)
-        self._registrar = Registrar(service.bus, service.log)
         self._liveness = Liveness(HUNG_S)
-        settings = self._settings
-        roles = (
-            ["colocated"] * settings.num_colocated
-            + ["prefill"] * settings.num_prefill
-            + ["decode"] * settings.num_decode
-        )
-        self._places = [
-            Place(model, str(number), role)
-            for model in settings.models
-            for number, role in enumerate(roles)
-        ]
-        self._keepers: list[asyncio.Task[None]] = []
+        self._meters = Meters(service.metrics)
+        self._starter = Starter(service, env)
+        self._starts = Starts()
         self._trainer = Trainer(service, env)
+        self._registrar = Registrar(service.bus, service.log)
+        self._around = Surroundings(
+            service=service,
+            starter=self._starter,
+            turns=asyncio.Semaphore(_TURNS),
+            meters=self._meters,
+            registrar=self._registrar,
+            liveness=self._liveness,
+            assignment=self._assignment,
+            changed=self._change,
+            came_up=self._came_up,
+            gave_up=self._gave_up,
+        )
+        self._device = pick(settings.device).name
+        self._num_present = present(self._device)
+        self._stock = Stock(settings)
+        roles = {"prefill": settings.num_prefill, "decode": settings.num_decode}
+        # Fixed: orders are about colocated TEs.
+        self._fixed = {
+            Group(model, role): number
+            for model in settings.models
+            for role, number in roles.items()
+            if number
+        }
+        self._wanted = self._fixed | {
+            Group(model, COLOCATED): settings.min_tes for model in settings.models
+        }
+        self._fleet = Counter[str]()  # what is always to be up, by model
+        for group, number in self._wanted.items():
+            self._fleet[group.model] += number
+        self._budget = self._make_budget()
+        self._sources: dict[Group, list[str]] = {}
+        self._asked: dict[Group, float] = {}  # when more of a group were last asked for
+        self._term = 0
+        self._short: dict[Group, int] = {}
+        self._places: dict[int, Place] = {}
+        self._restarts: dict[tuple[Group, int], Restarts] = {}
+        self._keepers: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
 
     async def open(self) -> None:
-        """Announce the models and start everything. Raises ModelNotFound, ModelError, Unavailable."""
-        service, settings = self._service, self._settings
-        device = pick(settings.device).name
-        num_present = present(device)
-        for number, place in enumerate(self._places):
-            place.devices = visible(
-                device,
-                self._env,
-                num_present=num_present,
-                place=number,
-                num_ranks=settings.tp * settings.pp,
-            )
-        for name in settings.models:
-            folder = open_model(settings.cache_dir, name)
-            backend = pick_backend(folder, settings)
-            entry = model_entry(folder, backend, context=served_context(backend, settings))
-            self._registrar.put("models", name, entry)
+        """Announce the models and start everything. Raises ModelError, Unavailable."""
+        service = self._service
+        self._visible(0)  # too few devices for one TE are told of before it is started
+        for entry in self._stock.entries:
+            self._registrar.put("models", entry.name, entry)
         registration = Registration(kind="pod", id=service.id, host=host_name(), pid=os.getpid())
         self._registrar.put("registrations", service.id, registration)
         self._bus.on_disconnect(self._liveness.hold)
         self._bus.on_reconnect(lambda: self._liveness.resume(time.monotonic()))
         service.status(self._status)
         service.on_drain(self._drain)
-        service.beat()
-        service.tasks.create_task(self._registrar.keep(), name="registrar")
-        service.tasks.create_task(self._judge(), name="judge")
-        for place in self._places:
-            name = f"{place.model}/{place.label}"
-            self._keepers.append(service.tasks.create_task(self._keep(place), name=name))
+        self._reconcile()
+        self._say_ready()
+        await self._starter.open()
+        service.beat(self._beat)
+        for name, work in (
+            ("registrar", self._registrar.keep()),
+            ("judge", self._judge()),
+            ("news", self._tell_news()),
+            ("stock", self._stock.keep()),
+        ):
+            service.tasks.create_task(work, name=name)
+        await self._bus.serve(self._bus.subjects.scale(service.id), (ScaleOrder,), self._order)
         await self._trainer.open()
 
-    # ------------------------------------------------------------------------------------------------ a TE's life
-
-    async def _keep(self, place: Place) -> None:
-        """Have a TE in `place` until the service stops, or starting one again has proved to be no use."""
-        while not self._service.stopping.is_set():
-            reason = await self._live(place)
-            if self._service.stopping.is_set():
-                return
-            delay_s = place.restarts.died(time.monotonic())
-            if delay_s is None:
-                self._service.stop(f"a TE of {place.model} died five times in a minute: {reason}")
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay_s):
-                    await self._service.stopping.wait()
-                return
-            self._meters.restarted(place.model, place.label)
-
-    async def _live(self, place: Place) -> str:
-        """One TE from its start to its end; how it ended."""
-        env = for_te(
-            self._env,
-            self._settings,
-            model=place.model,
-            pod=self._service.id,
-            role=place.role,
-            devices=place.devices,
+    def _make_budget(self) -> Budget:
+        settings, fleet, costs = self._settings, self._fleet, self._stock.costs
+        ranks = settings.tp * settings.pp
+        own = num_places(self._device, self._env, num_present=self._num_present, num_ranks=ranks)
+        # TEs share accelerators only where so many are asked for by name.
+        max_tes = (
+            settings.pod_tes if own is None else min(settings.pod_tes, max(own, fleet.total()))
         )
-        place.te, place.verdict, place.state = "", "", "starting"
-        place.started_at = time.monotonic()
-        child = place.child = await Child.start("services.worker.te", env)
-        beats = None
-        try:
-            if self._service.stopping.is_set():  # the signal came while it was being started
-                child.terminate()
-            te = place.te = await child.name()
-            if te:
-                self._log.info("te_started", te=te, model=place.model, pid=child.pid)
-                subject = self._bus.subjects.beat("te", te)
-                beats = await self._bus.listen(
-                    subject, (TeBeat,), lambda beat: self._beat(place, beat)
-                )
-            ending = await child.wait()
-        finally:
-            child.kill()
-            if beats is not None:
-                await beats.stop()
-        place.state = "waiting"
-        reason = f"{place.verdict} ({ending})" if place.verdict else ending
-        if te:
-            await self._bury(place, te, reason)
-        return reason
+        num_bytes = settings.pod_bytes or default_bytes(costs, fleet, memory_bytes())
+        return Budget(max_tes, num_bytes, costs)
 
-    async def _bury(self, place: Place, te: str, reason: str) -> None:
-        """Tell everybody that `te` is dead, first of all those who wait for its tokens."""
-        self._log.warning("te_died", te=te, model=place.model, reason=reason)
-        self._liveness.down(te)
-        self._say_ready()
-        if not place.verdict:
-            await self._say_down(te, reason)
-        self._meters.died(place.model, place.label, te)
-        await self._registrar.remove("registrations", te)
+    # ------------------------------------------------------------------------------------------ what there is to be
 
-    async def _say_down(self, te: str, reason: str) -> None:
-        try:
-            down = Down(kind="te", id=te, reason=reason)
-            await self._bus.publish(self._bus.subjects.down("te", te), down)
-        except DeepFlowError as error:  # the bus is away: silence will tell them
-            self._log.warning("death_not_told", te=te, error=error.message)
+    async def _order(self, order: ScaleOrder) -> Scaled:
+        """Answers `scale.<pod>`. Raises Forbidden for one of an earlier term, ModelNotFound, Unavailable."""
+        if self._service.stopping.is_set():
+            raise Unavailable("the pod host leaves")
+        if order.term < self._term:
+            raise Forbidden(f"an order of term {order.term} after one of term {self._term}")
+        for target in order.targets:
+            if target.model not in self._stock:
+                raise ModelNotFound(f"model {target.model!r} is not one of this pod host")
+        self._term = order.term
+        colocated = {
+            Group(target.model, target.role): target
+            for target in order.targets
+            if target.role == COLOCATED
+        }
+        wanted = self._fixed | {group: target.num for group, target in colocated.items()}
+        now = time.monotonic()
+        for group, number in wanted.items():
+            if number > self._wanted.get(group, 0):
+                self._asked[group] = now
+        if wanted != self._wanted:
+            told = {f"{model}/{role}": number for (model, role), number in wanted.items()}
+            self._log.info("order_taken", by=order.by, term=order.term, wanted=told)
+        self._wanted = wanted
+        self._sources = {group: list(target.sources) for group, target in colocated.items()}
+        self._stock.preload(order.preload)
+        self._reconcile()
+        return Scaled(pod=self._service.id, term=order.term)
 
-    # --------------------------------------------------------------------------------------------------- watching
-
-    def _beat(self, place: Place, beat: TeBeat) -> None:
-        if beat.id != place.te or place.verdict:
+    def _reconcile(self) -> None:
+        """Start what is missing and let go what is too much."""
+        if self._service.stopping.is_set():
             return
-        self._meters.beat(place.label, beat)
-        changed, place.state = place.state != beat.state, beat.state
-        if beat.state != "loading":
-            # The beat proves life as of the progress it reports, less what the step may take.
-            late_s = max(0, beat.progress_ms - beat.step_ms) / 1000
-            self._liveness.beat(beat.id, time.monotonic() - late_s)
-        if changed:
+        seats = [place.seat() for place in self._places.values()]
+        plan = reconcile(self._wanted, seats, self._budget)
+        for number in plan.leave:
+            self._places[number].leave(self._settings.migrate_after_s)
+        for group in plan.start:
+            self._have(group)
+        if plan.short and plan.short != self._short:
+            held = Counter(place.group.model for place in self._places.values())
+            self._log.warning(
+                "no_room",
+                missing={f"{model}/{role}": number for (model, role), number in plan.short.items()},
+                num_tes=len(self._places),
+                max_tes=self._budget.max_tes,
+                num_bytes=self._budget.taken(held),
+                max_bytes=self._budget.num_bytes,
+                remedy="DEEPFLOW_POD_TES, DEEPFLOW_POD_BYTES, DEEPFLOW_KV_TOKENS",
+            )
+        self._short = plan.short
+        if plan.start or plan.leave:
             self._say_ready()
 
+    def _have(self, group: Group) -> None:
+        """One more TE of a group."""
+        number = next(index for index in range(self._budget.max_tes) if index not in self._places)
+        restarts = self._restarts.setdefault((group, number), Restarts())
+        asked = self._asked.get(group, time.monotonic())
+        place = self._places[number] = Place(number, group, restarts, self._around, asked=asked)
+        keeper = self._service.tasks.create_task(
+            self._keep(place), name=f"{group.model}/{group.role}/{number}"
+        )
+        self._keepers.add(keeper)
+        keeper.add_done_callback(self._keepers.discard)
+
+    async def _keep(self, place: Place) -> None:
+        try:
+            await place.keep()
+        finally:
+            del self._places[place.number]
+        self._change()
+        self._reconcile()  # there may be room now for what there was none for
+
+    def _assignment(self, place: Place) -> Assignment:
+        """What the next TE in a place is to be."""
+        model, role = place.group
+        return Assignment(
+            model=model,
+            role=role,
+            devices=self._visible(place.number),
+            threads=self._threads(model),
+            sources=self._sources.get(place.group, []),
+        )
+
+    def _visible(self, number: int) -> dict[str, str]:
+        ranks = self._settings.tp * self._settings.pp
+        return visible(
+            self._device, self._env, num_present=self._num_present, place=number, num_ranks=ranks
+        )
+
+    def _threads(self, model: str) -> int:
+        """A share of the cores, unless it is set."""
+        ranks = self._settings.tp * self._settings.pp
+        num_tes = max(1, sum(self._wanted.values())) * ranks
+        native = self._stock.is_native(model)
+        return self._settings.threads or default_threads(num_cores(), num_tes, native=native)
+
+    # ------------------------------------------------------------------------------------------------- what there is
+
+    def _came_up(self, place: Place, start: Start) -> None:
+        """A TE is up, and everybody who listens has heard so."""
+        self._starts.add(start, time.monotonic())
+        self._meters.started(start)
+        self._log.info(
+            "te_up",
+            te=start.te,
+            model=start.model,
+            process=start.process,
+            weights=start.weights,
+            total_s=start.total_s,
+            **start.steps,
+        )
+        if place.child is not None:
+            work = self._measure(start.model, place.child.pid)
+            self._service.tasks.create_task(work, name=f"measure {start.te}")
+        self._change()
+
+    async def _measure(self, model: str, pid: int) -> None:
+        if await self._stock.measure(model, pid):
+            self._budget = self._make_budget()
+            self._reconcile()
+
+    def _gave_up(self, place: Place, reason: str) -> None:
+        """TEs of a place die again and again. Where nothing else runs or may be asked for, so does the pod host."""
+        model, settings = place.group.model, self._settings
+        others = any(
+            other.state == "ready" and other.group.model != model for other in self._places.values()
+        )
+        why = f"a TE of {model} died five times in a minute: {reason}"
+        if settings.min_tes == settings.max_tes and not others:
+            self._service.stop(why)
+        else:
+            self._log.error("te_rests", model=model, role=place.group.role, reason=why)
+
     async def _judge(self) -> None:
-        """Declare dead what hangs, and kill it; its keeper starts another."""
+        """Have what hangs killed; its keeper starts another."""
         while True:
             await asyncio.sleep(_JUDGE_S)
             now = time.monotonic()
             lost = set(self._liveness.lost(now))
-            for place in self._places:
-                if place.te in lost:
-                    await self._condemn(place, "no beat or no progress")
-                elif (
-                    place.state in ("starting", "loading")
-                    and now - place.started_at > self._settings.load_timeout_s
-                ):
-                    await self._condemn(
-                        place, f"not loaded after {self._settings.load_timeout_s:g} s"
-                    )
+            for place in list(self._places.values()):
+                await place.judge(now, lost=place.te in lost)
 
-    async def _condemn(self, place: Place, verdict: str) -> None:
-        if place.child is None or not place.child.running or place.verdict:
-            return
-        place.verdict = verdict
-        if place.te:
-            await self._say_down(place.te, verdict)
-        place.child.kill()
+    def _change(self) -> None:
+        self._say_ready()
+        self._changed.set()
+
+    async def _tell_news(self) -> None:
+        """Beat at once when something has changed."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            await self._service.beat_now()
+            await asyncio.sleep(_NEWS_S)
 
     def _say_ready(self) -> None:
-        """Ready: every model has a TE that is."""
-        ready = {place.model for place in self._places if place.state == "ready"}
-        self._service.ready(ready == set(self._settings.models))
+        """Ready: of every model that is always to be up there is a TE that is. An order that lets it go is no fault."""
+        ready = {place.group.model for place in self._places.values() if place.state == "ready"}
+        wanted = Counter[str]()
+        for group, number in self._wanted.items():
+            if group in self._fixed or self._settings.min_tes:
+                wanted[group.model] += number
+        self._service.ready(all(model in ready for model, number in wanted.items() if number))
+
+    def _beat(self) -> PodBeat:
+        now = time.monotonic()
+        places = self._places.values()
+        return PodBeat(
+            kind="pod",
+            id=self._service.id,
+            host=host_name(),
+            draining=self._service.stopping.is_set(),
+            in_flight=sum(place.state in ("starting", "loading", "draining") for place in places),
+            term=self._term,
+            models=self._stock.describe(),
+            tes=[place.beat(now) for place in places],
+            num_warm=self._starter.num_warm,
+            max_tes=self._budget.max_tes,
+            num_bytes=self._budget.num_bytes,
+            cores=num_cores(),
+            starts=self._starts.recent(now),
+        )
 
     def _status(self) -> dict[str, Any]:
+        held = Counter(place.group.model for place in self._places.values())
         return {
-            "tes": [
-                {
-                    "id": place.te,
-                    "model": place.model,
-                    "role": place.role,
-                    "state": place.state,
-                    "pid": place.child.pid if place.child is not None else None,
-                }
-                for place in self._places
-            ]
+            "tes": [place.status() for place in self._places.values()],
+            "starts": [dataclasses.asdict(start) for start in self._starts.all()],
+            "term": self._term,
+            "num_warm": self._starter.num_warm,
+            "taken_bytes": self._budget.taken(held),
+            "num_bytes": self._budget.num_bytes,
+            "resident_bytes": dict(self._stock.resident),
         }
 
     # --------------------------------------------------------------------------------------------------- draining
 
     async def _drain(self) -> None:
         """Let the TEs finish what they have (they know their own grace), then end them."""
-        for place in self._places:
-            if place.child is not None:
-                place.child.terminate()
+        for place in self._places.values():
+            place.leave(None)
         await self._trainer.leave()
-        _, late = await asyncio.wait(self._keepers, timeout=self._settings.grace_s + _LAST_WORDS_S)
-        for place in self._places:
-            if place.child is not None and place.child.running:
-                place.verdict = "not drained in time"
-                place.child.kill()
-        if late:
-            await asyncio.wait(late, timeout=_LAST_WORDS_S)
+        if self._keepers:
+            grace_s = self._settings.grace_s + _LAST_WORDS_S
+            _, late = await asyncio.wait(self._keepers, timeout=grace_s)
+            for place in self._places.values():
+                place.kill()
+            if late:
+                await asyncio.wait(late, timeout=_LAST_WORDS_S)
+        await self._starter.close()
         await self._registrar.remove("registrations", self._service.id)
 
 

@@ -32,7 +32,8 @@ class WorkerSettings(Settings):
     """What a pod host needs, and what all its TEs have in common."""
 
     models: tuple[str, ...]
-    num_colocated: int  # TEs of each model that both prefill and decode
+    min_tes: int  # of each model, that both prefill and decode: always up
+    max_tes: int  # and with demand; equal: a fixed number
     num_prefill: int  # TEs of each model for the one
     num_decode: int  # and for the other
     device: str  # auto: the best there is
@@ -47,7 +48,14 @@ class WorkerSettings(Settings):
     asynchronous: bool  # plan a step while the one before it runs
     speculation: int  # guesses a step may check for one choice; 0: none
     max_waiting: int
-    threads: int  # compute threads of one executor
+    threads: int  # compute threads of one executor; 0: the pod host shares the cores among its TEs
+    zygote: bool  # fork TEs from a process that has imported what they need
+    warm_tes: int  # pre-warmed TEs, of no model yet
+    fork: bool  # take weights from a running TE, where this host has none
+    preload_bytes: int  # of weights kept in the page cache for models that are not up; -1: a quarter of the memory
+    pod_bytes: int  # what all TEs and weights may take; 0: four fifths of the memory
+    pod_tes: int  # at most so many TEs
+    migrate_after_s: float  # a TE that is scaled down lets its requests go on elsewhere after this
     load_timeout_s: float  # a TE that is not ready by then is replaced
     arena_dir: Path  # the host's, shared with its cache service
     fabric: str  # the address that DistFlow binds to
@@ -67,22 +75,20 @@ class WorkerSettings(Settings):
             raise ConfigError("DEEPFLOW_MODELS names no model")
         num_prefill, num_decode = read_pd(reader.text("DEEPFLOW_PD", ""))
         split = num_prefill > 0
-        num_colocated = reader.integer(
-            "DEEPFLOW_WORKERS", 0 if split else 1, 0 if split else 1, _MAX_TES
-        )
-        num_tes = num_colocated + num_prefill + num_decode
-        threads = reader.integer("DEEPFLOW_THREADS", 0, 0, 1024)
+        min_tes, max_tes = read_range(reader.text("DEEPFLOW_WORKERS", "0" if split else "1"))
+        if not max_tes and not split:
+            raise ConfigError("DEEPFLOW_WORKERS=0: nobody may serve; 0..1 starts one when asked")
         max_num_seqs = reader.integer("DEEPFLOW_MAX_NUM_SEQS", 64, 1, 4096)
         dtype = reader.choice("DEEPFLOW_DTYPE", "auto", DTYPES)
         kernels = read_kernels(reader)
         read_graphs(reader)  # a bad value is told before a TE is started
         tp = reader.integer("DEEPFLOW_TP", 1, 1, 64)
         pp = reader.integer("DEEPFLOW_PP", 1, 1, 64)
-        native = dtype in ("auto", "w8a8") and kernels != "torch" and tp * pp == 1
         common = Settings.read(reader)
         return common | {
             "models": models,
-            "num_colocated": num_colocated,
+            "min_tes": min_tes,
+            "max_tes": max_tes,
             "num_prefill": num_prefill,
             "num_decode": num_decode,
             "device": reader.choice("DEEPFLOW_DEVICE", "auto", DEVICES),
@@ -100,8 +106,14 @@ class WorkerSettings(Settings):
             "asynchronous": reader.flag("DEEPFLOW_ASYNC", False),
             "speculation": reader.integer("DEEPFLOW_SPECULATION", 0, 0, 64),
             "max_waiting": reader.integer("DEEPFLOW_MAX_WAITING", 256, 0, 1 << 20),
-            "threads": threads
-            or default_threads(num_cores(), num_tes * len(models) * tp * pp, native=native),
+            "threads": reader.integer("DEEPFLOW_THREADS", 0, 0, 1024),
+            "zygote": reader.flag("DEEPFLOW_ZYGOTE", True),
+            "warm_tes": reader.integer("DEEPFLOW_WARM_TES", 1, 0, _MAX_TES),
+            "fork": reader.flag("DEEPFLOW_FORK", True),
+            "preload_bytes": reader.integer("DEEPFLOW_PRELOAD_BYTES", -1, -1, 1 << 50),
+            "pod_bytes": reader.integer("DEEPFLOW_POD_BYTES", 0, 0, 1 << 50),
+            "pod_tes": reader.integer("DEEPFLOW_POD_TES", 256, 1, _MAX_TES),
+            "migrate_after_s": reader.number("DEEPFLOW_MIGRATE_AFTER_S", 5.0, 0.0, 3600.0),
             "load_timeout_s": reader.number("DEEPFLOW_LOAD_TIMEOUT_S", 600.0, 1.0, 86400.0),
             "arena_dir": arena_dir(reader, common["home_dir"]),
             "fabric": reader.text("DEEPFLOW_FABRIC", "127.0.0.1"),
@@ -115,45 +127,38 @@ class WorkerSettings(Settings):
 class TeSettings(WorkerSettings):
     """What one TE needs."""
 
-    model: str
     pod: str  # the instance name of its pod host
-    role: str  # one of ROLES: what it is meant for; it runs any task
+    model: str = ""  # until it is assigned
+    role: str = "colocated"  # one of ROLES: what it is meant for; it runs any task
 
     @classmethod
     def read(cls, reader: Reader) -> dict[str, Any]:
         """The fields' values. Raises ConfigError."""
         fields = WorkerSettings.read(reader)
-        model, pod = reader.text("DEEPFLOW_TE_MODEL", ""), reader.text("DEEPFLOW_TE_POD", "")
-        for name, value in (("DEEPFLOW_TE_MODEL", model), ("DEEPFLOW_TE_POD", pod)):
-            if not value:
-                raise ConfigError(f"{name} is not set: a TE is started by a pod host")
-        role = reader.choice("DEEPFLOW_TE_ROLE", "colocated", ROLES)
-        return fields | {"model": model, "pod": pod, "role": role}
+        if not (pod := reader.text("DEEPFLOW_TE_POD", "")):
+            raise ConfigError("DEEPFLOW_TE_POD is not set: a TE is started by a pod host")
+        return fields | {"pod": pod}
 
 
-def for_te(
-    env: Mapping[str, str],
-    settings: WorkerSettings,
-    *,
-    model: str,
-    pod: str,
-    role: str,
-    devices: Mapping[str, str],
-) -> dict[str, str]:
-    """The environment of a TE of `model`: the pod host's own, what makes it that TE, and the accelerators it sees."""
+def for_te(env: Mapping[str, str], *, pod: str) -> dict[str, str]:
+    """The environment that all TEs of `pod` start in: the pod host's own, and what makes it a TE's. Of which model, on
+    how many threads, and which accelerators it sees, comes with its assignment."""
     return {
         **env,
-        **devices,
-        "DEEPFLOW_TE_MODEL": model,
         "DEEPFLOW_TE_POD": pod,
-        "DEEPFLOW_TE_ROLE": role,
         "DEEPFLOW_INSTANCE": "",
         "DEEPFLOW_PARENT_PID": str(os.getpid()),
-        "DEEPFLOW_METRICS_PORT": "0",  # its numbers are on the pod host's port
-        "DEEPFLOW_METRICS_HOST": "127.0.0.1",
-        "DEEPFLOW_THREADS": str(settings.threads),
-        **compute_env(settings.threads),
+        **compute_env(1),
     }
+
+
+def read_range(text: str) -> tuple[int, int]:
+    """The bounds in a text like `2` (a fixed number) or `0..8`. Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text.strip())
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not 0 <= low <= high <= _MAX_TES:
+        raise ConfigError(f"DEEPFLOW_WORKERS={text}: must be like 2 or 0..8, at most {_MAX_TES}")
+    return low, high
 
 
 def read_pd(text: str) -> tuple[int, int]:

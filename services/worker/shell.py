@@ -22,7 +22,6 @@ from services.worker.caching import Caching
 from services.worker.clients import Clients
 from services.worker.loop import EngineLoop, Report
 from services.worker.pulse import Pulse
-from services.worker.recipe import pick_backend, recipe_digest
 from services.worker.registrar import Registrar
 from services.worker.settings import TeSettings
 from shared.bus import failure
@@ -53,22 +52,23 @@ if TYPE_CHECKING:
 
     from services.worker.flowserve.engine import Engine
     from services.worker.flowserve.outcome import Handed
-    from services.worker.loop import Load
-    from shared.catalog import ModelFolder
+    from services.worker.loading import Loading
 
 _JUDGE_S: Final = 0.25
-_LAST_COPIES_S: Final = 2.0  # for KV to reach the arena, if the requests took all of the grace
+_LAST_COPIES_S: Final = 2.0  # for KV to reach the arena, beyond what the requests took
 _BATCH_SHARE: Final = 4  # of those that may wait here, band BATCH may be one in so many
 _RETRY_S: Final = (1.0, 60.0)  # what a refused task is told to wait, at least and at most
 
 
 class Shell:
-    """One TE on the bus. `load` makes its engine; it runs in the engine's thread, see `EngineLoop`."""
+    """One TE on the bus, as `settings` say; `loading` makes its engine."""
 
-    def __init__(self, service: Service[TeSettings], folder: ModelFolder, load: Load) -> None:
-        settings = service.settings
-        backend = pick_backend(folder, settings)
+    def __init__(
+        self, service: Service[TeSettings], settings: TeSettings, loading: Loading
+    ) -> None:
         self._service = service
+        self._settings = settings
+        self._loading = loading
         self._bus = service.bus
         self._log = service.log
         self._te = service.id
@@ -81,16 +81,16 @@ class Shell:
             model=settings.model,
             pod=settings.pod,
             role=settings.role,
-            page=backend.page,
-            recipe_digest=recipe_digest(folder, backend),
+            page=loading.backend.page,
+            recipe_digest=loading.recipe,
         )
         self._state = "loading"
         self._pulse = Pulse()
         self._clients = Clients()
         self._registrar = Registrar(service.bus, service.log)
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
-        self._loop = EngineLoop(load, self._reports.put_nowait, self._pulse)
-        self._caching = Caching(service, self._loop, self._registration.recipe_digest)
+        self._loop = EngineLoop(loading.load, self._reports.put_nowait, self._pulse)
+        self._caching = Caching(service, settings, self._loop, loading.recipe)
         self._engine: Engine | None = None  # only for what may be asked from another thread
         self._admission: Admission | None = None
         self._before: Counter[str] = Counter()  # the engine's counters when it was ready
@@ -98,11 +98,11 @@ class Shell:
         self._task_ended = asyncio.Event()
         self._num_lost = 0  # messages that the bus would not take
         self._giving_up = False  # the grace is over: what is cancelled now has failed
+        self._patience_s = settings.grace_s  # for what runs to come to its end here
 
     async def open(self) -> None:
         """Start loading and beating; the rest follows once the engine is ready."""
         service, subjects = self._service, self._bus.subjects
-        self._loop.start()
         service.status(self._status, lambda: self._ledger)
         service.on_drain(self._drain)
         service.beat(self._beat)
@@ -111,6 +111,7 @@ class Shell:
         await self._bus.listen(subjects.beat("gateway", "*"), (Beat,), self._client_beat)
         await self._bus.listen(subjects.down("gateway", "*"), (Down,), self._client_down)
         for name, work in (
+            ("load", self._load()),
             ("engine", self._loop.watch()),
             ("serve", self._serve()),
             ("send", self._send()),
@@ -119,10 +120,20 @@ class Shell:
         ):
             service.tasks.create_task(work, name=name)
 
+    def drain(self, migrate_after_s: float) -> None:
+        """Leave: what does not come to its end within so many seconds, or the grace, goes on elsewhere."""
+        self._patience_s = min(self._patience_s, migrate_after_s)
+        self._service.stop()
+
+    async def _load(self) -> None:
+        """Get hold of the weights, then let the engine's thread have them."""
+        await self._loading.obtain()
+        self._loop.start()
+
     async def _serve(self) -> None:
         """Wait for the engine, and open the doors."""
         engine = self._engine = await self._loop.ready
-        settings, subjects = self._service.settings, self._bus.subjects
+        settings, subjects = self._settings, self._bus.subjects
         self._admission = Admission(
             model=self._model,
             max_choices=settings.max_num_seqs + settings.max_waiting,
@@ -142,7 +153,10 @@ class Shell:
             self._registrar.put("registrations", self._te, self._registration)
             self._state = "ready"
             self._service.ready()
+            await self._service.beat_now()  # whoever waits for a TE need not wait for its next beat
+            self._loading.ready()
         self._log.info("te_ready", model=self._model, blocks=engine.load().blocks_total)
+        await self._loading.keep()
 
     # ------------------------------------------------------------------------------------------------ what comes in
 
@@ -301,14 +315,15 @@ class Shell:
 
     def _beat(self) -> TeBeat:
         state = "draining" if self._service.stopping.is_set() else self._state
-        service, engine = self._service, self._engine
+        engine = self._engine
         if engine is None:
             return TeBeat(
                 id=self._te,
                 model=self._model,
-                pod=service.settings.pod,
-                role=service.settings.role,
+                pod=self._settings.pod,
+                role=self._settings.role,
                 state=state,
+                loading=self._loading.percent,
             )
         load = engine.load()
         counters = Counter(engine.counters)
@@ -319,9 +334,10 @@ class Shell:
         return TeBeat(
             id=self._te,
             model=self._model,
-            pod=service.settings.pod,
+            pod=self._settings.pod,
             state=state,
-            role=service.settings.role,
+            loading=self._loading.percent,
+            role=self._settings.role,
             step=engine.counters["steps"],
             progress_ms=round(self._pulse.age_s(time.monotonic()) * 1000),
             step_ms=load.step_ms,
@@ -364,27 +380,33 @@ class Shell:
     # ---------------------------------------------------------------------------------------------------- draining
 
     async def _drain(self) -> None:
-        """Take nothing new, finish within the grace, fail what is left, and let everything out: KV to the arena too."""
+        """Take nothing new, finish what ends soon, let the rest go on elsewhere, and everything out: KV to the arena
+        too. What goes on elsewhere is failed only once its pages are there to be found."""
         if self._admission is not None:
             self._admission.draining = True
-            clock = asyncio.get_running_loop().time
-            give_up = clock() + self._service.settings.grace_s
+            give_up = asyncio.get_running_loop().time() + self._patience_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(give_up):
                     while self._admission.tasks():
                         self._task_ended.clear()
                         await self._task_ended.wait()
+            await self._copy_out()
             self._giving_up = True
             for task in self._admission.tasks():
                 request = task.request
                 self._cancel(Cancel(request=request.request, attempt=request.attempt))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(max(give_up, clock() + _LAST_COPIES_S)):
-                    await self._caching.finish()
             await self._loop.stop()
             await self._reports.join()
             await self._caching.close()
         await self._registrar.remove("registrations", self._te)
+
+    async def _copy_out(self) -> None:
+        """All pages that are whole, to the arena."""
+        with contextlib.suppress(TimeoutError, Unavailable):  # Unavailable: the engine has ended
+            async with asyncio.timeout(_LAST_COPIES_S):
+                await self._loop.ask(lambda *_: None)
+                await self._reports.join()  # what the engine did until now is known here
+                await self._caching.finish()
 
 
 def _retry_after_s(engine: Engine, band: Band) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from services.worker.child import die_with_parent
+from services.worker.tie import die_with_parent
 from shared import wire
 from shared.errors import InvalidRequest
 from shared.job_messages import LengthRecord, Training, TrainingEnded

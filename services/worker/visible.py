@@ -31,10 +31,7 @@ def visible(
     """
     if device not in VARIABLES:
         return {}
-    variable = VARIABLES[device]
-    given = [name.strip() for name in env.get(variable, "").split(",") if name.strip()]
-    # Set, but empty: all are hidden.
-    names = given if variable in env else [str(index) for index in range(num_present)]
+    variable, names = VARIABLES[device], _names(device, env, num_present)
     if not names and num_ranks == 1:
         return {}
     if len(names) < num_ranks:
@@ -44,3 +41,20 @@ def visible(
         names.sort(key=int)
     begin = place % (len(names) // num_ranks) * num_ranks
     return {variable: ",".join(names[begin : begin + num_ranks])}
+
+
+def num_places(
+    device: str, env: Mapping[str, str], *, num_present: int, num_ranks: int
+) -> int | None:
+    """How many TEs have accelerators of their own; None for the CPU, and where nothing is known about the devices."""
+    names = _names(device, env, num_present) if device in VARIABLES else []
+    return len(names) // num_ranks if names else None
+
+
+def _names(device: str, env: Mapping[str, str], num_present: int) -> list[str]:
+    """The accelerators that `env` allows."""
+    variable = VARIABLES[device]
+    if variable not in env:
+        return [str(index) for index in range(num_present)]
+    # Set, but empty: all are hidden.
+    return [name.strip() for name in env[variable].split(",") if name.strip()]

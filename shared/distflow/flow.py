@@ -22,6 +22,7 @@ import structlog
 from shared.distflow import fabric as fabrics
 from shared.distflow.backend import Backend
 from shared.distflow.channel import Channel, Remaining, within
+from shared.distflow.egress import Egress
 from shared.distflow.faults import Fault, LinkError, TransferError
 from shared.distflow.handshake import Credential, Gate, enter
 from shared.distflow.holder import Holder
@@ -73,6 +74,7 @@ class DistFlow:
         self._num_streams = num_streams or default_streams()
         self._table = Table()
         self._gate = Gate()
+        self._egress = Egress()
         self._lock = threading.Lock()
         self._addresses: list[str] = []
         self._listeners: list[socket.socket] = []
@@ -165,6 +167,10 @@ class DistFlow:
         if entry is not None:
             self._withdraw(entry)
 
+    def limit_egress(self, bytes_s: float) -> None:
+        """Hand out no more than so many bytes a second over sockets, to all peers together; 0: no limit."""
+        self._egress.limit(bytes_s)
+
     def allocate(self, num_bytes: int) -> SharedBuffer:
         """Memory that peers on this host can map once it is registered. Raises OSError."""
         return SharedBuffer(num_bytes, self._directory)
@@ -248,19 +254,26 @@ class DistFlow:
             ticket.part_done()
         return ticket
 
+    def open_file(self, link: Link, region: Region, *, timeout_s: float) -> int | None:
+        """A read-only descriptor of the file whose bytes a peer's region is, once all of them are there: whoever maps
+        it has them without a copy, for as long as he likes. It is the caller's to close. None: the peer is on another
+        host, or the region is no file. Raises LinkError, TransferError."""
+        return link.open_file(region, within(timeout_s))
+
     def relay(
         self,
         sources: Iterable[tuple[Link, Region]],
         into: Destination | SharedBuffer,
         *,
         timeout_s: float,
+        fd: int | None = None,
         patience: Patience = Patience(),  # noqa: B008 - frozen
     ) -> Relayed:
         """Take part in a broadcast: read the whole region of the first source into `into`, and let others read it from
         here as it comes. A source that fails or tries one's patience is left for the next one, and reading goes on
         where it was; `sources` is drawn from only then, in a thread, so it may be a generator that links as needed.
-        The region that others read is to be unregistered like any other."""
-        fd = into.fd if isinstance(into, SharedBuffer) else None
+        The region that others read is to be unregistered like any other. `fd` is as `register` has it."""
+        fd = into.fd if isinstance(into, SharedBuffer) else fd
         memory = into.view if isinstance(into, SharedBuffer) else into
         place = memory if isinstance(memory, Memory) else writable(memory)
         region = self._table.register(memory, fd, filling=True)
@@ -356,7 +369,8 @@ class DistFlow:
         try:
             fabrics.tune(connection)
             link = self._gate.admit(channel, within(_HANDSHAKE_S))
-            Holder(channel, self._table, list(self._backends.values())).serve()
+            holder = Holder(channel, self._table, list(self._backends.values()), self._egress)
+            holder.serve()
         except TransferError as error:
             if error.fault != Fault.PEER_LOST:
                 _log.warning("connection ended", fault=error.fault.value, reason=error.message)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -22,6 +23,7 @@ import xxhash
 
 from shared.distflow.backend import Backend
 from shared.distflow.channel import Channel, Kind, Remaining, within
+from shared.distflow.egress import Egress
 from shared.distflow.faults import Fault, TransferError
 from shared.distflow.memory import Memory
 from shared.distflow.region import Entry, Table
@@ -40,10 +42,13 @@ _ANSWER_S: Final = 5.0  # for a small frame to get into the socket
 class Holder:
     """Serves one connection until it ends."""
 
-    def __init__(self, channel: Channel, table: Table, backends: Sequence[Backend]) -> None:
+    def __init__(
+        self, channel: Channel, table: Table, backends: Sequence[Backend], egress: Egress
+    ) -> None:
         self._channel = channel
         self._table = table
         self._backends = backends
+        self._egress = egress
         self._staging: dict[int, memoryview] = {}
 
     def serve(self) -> None:
@@ -71,6 +76,7 @@ class Holder:
                 for start in range(offset, offset + length, CHUNK_BYTES):
                     size = min(CHUNK_BYTES, offset + length - start)
                     self._wait(region, generation, start, size, remaining)
+                    self._wait_turn(size, remaining)
                     self._send_chunk(region, start, size, remaining)
             for region, generation, offset, length in pieces:
                 self._table.check(region, generation, offset, length)
@@ -120,6 +126,16 @@ class Holder:
             if self._table.wait(region, generation, offset, length, wait_s) is not None:
                 return
             self._channel.send(Kind.WAITING, b"", remaining)
+
+    def _wait_turn(self, size: int, remaining: Remaining) -> None:
+        """Until this chunk may go, telling the reader now and then. Raises TransferError."""
+        wait_s = self._egress.book(size)
+        while wait_s > 0:
+            nap_s = min(wait_s, _WAITING_S, remaining())
+            time.sleep(nap_s)
+            wait_s -= nap_s
+            if wait_s > 0:
+                self._channel.send(Kind.WAITING, b"", remaining)
 
     def _send_chunk(self, region: int, start: int, size: int, remaining: Remaining) -> None:
         entry = self._table.get(region)

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from shared.distflow.backend import Attached, Backend
 from shared.distflow.channel import Channel, Remaining
 from shared.distflow.faults import Fault, LinkError, TransferError
 from shared.distflow.reader import BY_CONNECTION, Part, PartReader, Progress, Run, Way, split
+from shared.distflow.region import Region
 from shared.distflow.ticket import Ticket
 
 _MIN_THREADS: Final = 4  # transfers at a time: one that waits for its peer does not keep the others
@@ -104,6 +106,27 @@ class Link:
                 self._num_idle += 1
                 thread.start()
             self._changed.notify(len(parts))
+
+    def open_file(self, region: Region, remaining: Remaining) -> int | None:
+        """See `DistFlow.open_file`."""
+        channel = self._take(remaining)
+        if not channel.passes_files:
+            self._put_back(channel, answered=True)
+            return None
+        run = Run(region.id, region.generation, 0, region.num_bytes, memoryview(b""))
+        part = Part(Ticket(region.num_bytes, remaining()), [run], None)
+        reader = PartReader(channel, part, remaining)
+        try:
+            fd = reader.open_file(region.id)
+            if fd is not None:
+                try:
+                    reader.check([run])
+                except BaseException:
+                    os.close(fd)
+                    raise
+            return fd
+        finally:
+            self._put_back(channel, reader.answered)
 
     # -------------------------------------------------------------------------------------------------- in a thread
 

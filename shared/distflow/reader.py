@@ -123,6 +123,14 @@ class PartReader:
             return BY_CONNECTION
         return Way(num_bytes, bool(filling), attached=attached)
 
+    def open_file(self, region: int) -> int | None:
+        """The file that the region is, if this host has it: a descriptor for the caller to close. Raises
+        TransferError."""
+        self._ask(Kind.MAP, MAP.pack(region))
+        _, fd = self._answer(Kind.MAPPED)
+        self.answered = True
+        return fd
+
     def copy(self, run: Run, way: Way) -> None:
         """Without the connection; `check` has to follow. Raises TransferError."""
         if run.offset + run.length > way.num_bytes:

@@ -117,14 +117,16 @@ def test_the_arena_is_the_caches_and_the_workers(described: dict[str, Any], prof
 def test_roles_are_split_by_a_variable() -> None:
     """DEEPFLOW_PD alone asks for no colocated TE, and DEEPFLOW_WORKERS for some beside it."""
     for variables, numbers in (
-        ({}, (1, 0, 0)),
-        ({"DEEPFLOW_PD": "1p2d"}, (0, 1, 2)),
-        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "2"}, (2, 1, 1)),
+        ({}, (1, 1, 0, 0)),
+        ({"DEEPFLOW_PD": "1p2d"}, (0, 0, 1, 2)),
+        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "2"}, (2, 2, 1, 1)),
+        ({"DEEPFLOW_WORKERS": "0..8"}, (0, 8, 0, 0)),
     ):
         environment = machine.read(variables)["services"]["worker"]["environment"]
         asked = {k: environment[k] for k in ("DEEPFLOW_PD", "DEEPFLOW_WORKERS", "DEEPFLOW_MODELS")}
         found = WorkerSettings.load(asked)
-        assert (found.num_colocated, found.num_prefill, found.num_decode) == numbers
+        bounds = (found.min_tes, found.max_tes)
+        assert (*bounds, found.num_prefill, found.num_decode) == numbers
 
 
 def test_every_service_is_bounded_and_watched(described: dict[str, Any]) -> None:

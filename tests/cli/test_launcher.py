@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from services.scheduler.heatmap import Heatmap
 from shared.arena.place import arena_dir
 from shared.config import EXIT_CODE, Reader
 from shared.errors import DeepFlowError
+from shared.scaling_messages import Step
 from tests.worker.tiny import make_tiny
 
 pytestmark = [pytest.mark.system, pytest.mark.apart, pytest.mark.timeout(180)]
+ASK = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
 NAMES = {"launcher", "nats", "gateway", "scheduler", "worker", "cache"}
 
 
@@ -89,7 +93,8 @@ class Command:
     def close(self) -> None:
         """End all that still runs."""
         for process in self.family():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shutil.rmtree(arena_dir(Reader({}), self.home), ignore_errors=True)  # a killed one's
 
 
@@ -99,6 +104,15 @@ def wait(until: Callable[[], bool], explain: Callable[[], object], within_s: flo
     while not until():
         assert time.monotonic() < give_up, explain()
         time.sleep(0.1)
+
+
+def post(url: str, body: dict[str, Any]) -> str:
+    """The answer to a POST."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        text: str = response.read().decode()
+        return text
 
 
 @pytest.fixture
@@ -171,6 +185,34 @@ def test_roles_stand_side_by_side(command: Command) -> None:
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 0, command.said()
     assert not arena.exists()
+
+
+def test_a_model_is_asleep_until_somebody_asks(command: Command) -> None:
+    """With --workers 0..N up is ready without a TE; the first request wakes the model, and `scale` says how many it has
+    from then on, and how each of them came up."""
+    process = command.up("--port", "0", "--workers", "0..2")
+    instance = command.instance()
+    assert instance is not None
+    assert json.loads(command.run("status", "--json").stdout)["tes"] == []
+    stream = post(instance.url + "/v1/completions", {**ASK, "stream": True})
+    lines = [line.strip() for line in stream.splitlines() if line.strip()]
+    assert lines[0] in (": queued", ": loading 0 %")
+    assert lines.index(": warm") < next(n for n, line in enumerate(lines) if line[0] == "d")
+    assert lines[-1] == "data: [DONE]"
+
+    scaled = command.run("scale", "tiny", "--to", "2")
+    assert scaled.returncode == 0, scaled.stderr
+    assert "2 of 2 TEs up" in scaled.stdout
+    assert all(step in scaled.stdout for step in Step)
+    assert re.search(r"(warm|fork|exec) +(dram|disk|fork) ", scaled.stdout), scaled.stdout
+    status = json.loads(command.run("status", "--json").stdout)
+    assert [te["state"] for te in status["tes"]] == ["ready", "ready"]
+    assert len(status["starts"]) == 2
+    assert [(one["model"], one["target"]) for one in status["fleets"]] == [("tiny", 2)]
+
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0, command.said()
+    wait(lambda: not command.family(), command.family, 5)
 
 
 def test_a_detached_instance_is_used_mended_and_stopped(command: Command) -> None:

@@ -42,7 +42,9 @@ class RunningGateway:
             await main(service)
             listening.set_result(service)
 
-        self._task = asyncio.create_task(service_module._run("gateway", self.settings, start))
+        self._task = asyncio.create_task(
+            service_module._run("gateway", self.settings, start, metrics=True)
+        )
         done, _ = await asyncio.wait(
             [self._task, listening], timeout=20, return_when=asyncio.FIRST_COMPLETED
         )

@@ -17,8 +17,9 @@ from services.gateway.auth import (
 from services.gateway.settings import GatewaySettings
 from shared.bus import Bus
 from shared.config import ConfigError
-from shared.errors import Forbidden, InvalidRequest, Unauthorized
+from shared.errors import Forbidden, InvalidRequest, Unauthorized, Unavailable
 from shared.messages import TenantSecret
+from tests.nats_server import NatsServer
 
 
 def test_keys_name_tenants() -> None:
@@ -123,6 +124,17 @@ async def test_a_tenants_secret_is_one_for_all_gateways(bus: Bus) -> None:
     assert len(set(secrets)) == 1
     assert len(secrets[0]) == 32
     assert await gateways[0].get("other") != secrets[0]
+
+
+async def test_a_secret_is_waited_for_while_the_bus_is_away(bus: Bus, nats: NatsServer) -> None:
+    """A first request that comes while nats-server is started again is not lost; patience ends."""
+    nats.kill()
+    waiting = asyncio.create_task(TenantSecrets(bus, patience_s=30.0).get("acme"))
+    with pytest.raises(Unavailable):
+        await TenantSecrets(bus, patience_s=0.3).get("acme")
+    assert not waiting.done()
+    nats.start()
+    assert len(await waiting) == 32
 
 
 async def test_no_tenant_has_the_public_secret(bus: Bus) -> None:

@@ -80,13 +80,17 @@ def test_who_is_put_back_has_lost_no_turn() -> None:
 
 
 def test_bounded_by_count_and_bytes() -> None:
-    """A full lot refuses with a time to come back."""
+    """A full lot refuses, and knows before that it would."""
     parked = lot(max_requests=2)
-    park(parked, "1")
+    first = park(parked, "1")
     park(parked, "2")
-    with pytest.raises(Overloaded) as refused:
+    assert parked.num_waiting("m") == 2
+    assert not parked.has_room(first.request)
+    with pytest.raises(Overloaded):
         park(parked, "3", now=1.0)
-    assert refused.value.retry_after_s == 4.0
+    assert [one.request.request for one in parked.take_model("m")] == ["1", "2"]
+    assert parked.num_waiting("m") == 0
+    assert parked.has_room(first.request)
     wide = lot(max_bytes=100_000)
     park(wide, "1")
     with pytest.raises(Overloaded):

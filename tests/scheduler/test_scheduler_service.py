@@ -215,7 +215,7 @@ async def test_a_parked_request_fails_when_its_budget_ends(
     for delta in (first, second):
         assert delta.finish == "failed"
         assert delta.failure is not None
-        assert delta.failure.code == "unavailable"
+        assert delta.failure.code == "model_not_ready"
         assert delta.failure.retry_after_s is not None
         assert delta.failure.retry_after_s > 0
     (late,) = client.ends("r2")

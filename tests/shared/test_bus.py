@@ -177,6 +177,20 @@ async def test_messages_arrive_in_order_and_bad_ones_are_counted(bus: Bus) -> No
     assert bus.num_undecodable == 1
 
 
+async def test_after_a_flush_the_server_knows_what_is_served(bus: Bus, nats: NatsServer) -> None:
+    """Whoever is asked over another connection right after its flush is there, each time."""
+    other = await Bus.connect(BusSettings(url=nats.url, grace_s=5), name="other")
+
+    async def echo(query: StatusQuery) -> StatusQuery:
+        return query
+
+    for number in range(100):
+        await bus.serve(f"test.{number}", (StatusQuery,), echo)
+        await bus.flush()
+        await other.request(f"test.{number}", StatusQuery(), StatusQuery, timeout_s=5)
+    await other.close()
+
+
 async def test_gather_takes_every_answer(bus: Bus) -> None:
     """All services answer one question."""
 

@@ -19,8 +19,9 @@ import pytest
 
 from shared import errors
 from shared.bus import Bus
-from shared.config import EXIT_CODE
+from shared.config import EXIT_CODE, Settings
 from shared.messages import Accepted, Beat, Cancel, StatusQuery, StatusReply
+from shared.service import Service
 from tests.nats_server import NatsServer
 
 
@@ -201,3 +202,26 @@ def test_the_log_level_changes_for_loggers_in_use() -> None:
         "second_seen",
         "third_seen",
     ]
+
+
+async def test_a_beat_tells_at_once_what_has_changed(bus: Bus) -> None:
+    """Out of turn, each state is told that lasts no longer than the telling of it."""
+    heard: list[int] = []
+    states = iter(range(1000))
+
+    def state() -> Beat:
+        return Beat(kind="probe", id="probe-1", in_flight=next(states))
+
+    subject = bus.subjects.beat("probe", "*")
+    await bus.listen(subject, (Beat,), lambda beat: heard.append(beat.in_flight))
+    async with asyncio.TaskGroup() as tasks:
+        service = Service("probe", Settings.load({}), bus, tasks, "probe-1")
+        service.beat(state)
+        for _ in range(5):
+            await service.beat_now()
+        async with asyncio.timeout(10):
+            while len(heard) < 5:
+                await asyncio.sleep(0.01)
+        (*_, loop) = [task for task in asyncio.all_tasks() if task.get_name() == "beat"]
+        loop.cancel()
+    assert heard[:5] == [0, 1, 2, 3, 4]

@@ -33,12 +33,12 @@ class Stack:
     """One running instance. Its environment is the test's own, with a home of its own."""
 
     def __init__(
-        self, home: Path, cache: Path, *, models: list[str], workers: int = 1, pd: str = ""
+        self, home: Path, cache: Path, *, models: list[str], workers: int | str = 1, pd: str = ""
     ) -> None:
         self.home = home
         self.models = models
-        # Of each model: prefill and decode TEs as `pd` says (1p1d), beside `workers` colocated ones.
-        self.num_tes = sum(map(int, re.findall(r"\d+", pd))) if pd else workers
+        # Of each model: prefill and decode TEs as `pd` says (1p1d), or colocated ones, at least the first of 0..4.
+        self.num_tes = sum(map(int, re.findall(r"\d+", pd or str(workers).partition("..")[0])))
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("DEEPFLOW_")},
             "DEEPFLOW_HOME": str(home),
@@ -126,7 +126,7 @@ class Stack:
 
     def wait_tes(self, num: int | None = None) -> list[dict[str, Any]]:
         """Wait until `num` TEs (all that were asked for) are ready."""
-        wanted = num or self.num_tes * len(self.models)
+        wanted = self.num_tes * len(self.models) if num is None else num
         give_up = time.monotonic() + 60
         while len(tes := self.tes()) < wanted:
             assert time.monotonic() < give_up, (tes, self.logs())
@@ -182,6 +182,17 @@ class Stack:
             assert not ledger["owners"], ledger
         return ledgers
 
+    async def settled(self, model: str, num: int, within_s: float = 30.0) -> list[dict[str, Any]]:
+        """Wait until a model has exactly so many TEs, ready and answering, and none on its way up or down."""
+        give_up = time.monotonic() + within_s
+        while True:
+            _, body = await asyncio.to_thread(self.get, "/debug/status")
+            tes = [s for s in body["services"] if s["kind"] == "te" and s.get("model") == model]
+            if len(tes) == num and all(te["state"] == "ready" for te in tes):
+                return tes
+            assert time.monotonic() < give_up, (tes, self.logs())
+            await asyncio.sleep(0.1)
+
     def processes(self) -> list[psutil.Process]:
         """Every process of this instance."""
         assert self.process is not None
@@ -196,6 +207,7 @@ class Stream:
     texts: dict[int, str] = field(default_factory=dict)  # choice -> text
     finish: dict[int, str] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
+    comments: list[str] = field(default_factory=list)
     num_chunks: int = 0
     gaps_s: list[float] = field(default_factory=list)  # between successive content chunks
     error: dict[str, Any] | None = None
@@ -237,6 +249,8 @@ async def stream(
             seen.error = (await response.json())["error"]
             return seen
         async for line in response.content:
+            if line.startswith(b":"):
+                seen.comments.append(line[1:].decode().strip())
             if not line.startswith(b"data: "):
                 continue
             payload = line[6:].strip()

@@ -49,10 +49,10 @@ PROMPT = list(range(3, 43))
 KV_TOKENS = 32768
 
 
-def make_model(cache: Path) -> None:
+def make_model(cache: Path, name: str = MODEL) -> None:
     """Publish a tiny model in the cache folder, as `deepflow pull` would."""
-    folder = make_tiny(cache / "models" / subjects.encode(MODEL), context=16384)
-    manifest = {"name": MODEL, "weights_digest": "tiny-0", "created": 1}
+    folder = make_tiny(cache / "models" / subjects.encode(name), context=16384)
+    manifest = {"name": name, "weights_digest": "tiny-0", "created": 1}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -72,6 +72,8 @@ class Worker:
             "DEEPFLOW_KV_TOKENS": str(KV_TOKENS),
             "DEEPFLOW_THREADS": "1",
             "DEEPFLOW_GRACE_S": "5",
+            "DEEPFLOW_ZYGOTE": "0",  # its child processes are TEs, and nothing else
+            "DEEPFLOW_WARM_TES": "0",
             "DEEPFLOW_PARENT_PID": str(os.getpid()),
             **variables,
         }

@@ -1,4 +1,4 @@
-"""The pod's metrics about KV: blocks by state, and what TEs fetched and copied, over the restart of one."""
+"""The pod's metrics: blocks by state, what TEs fetched and copied over the restart of one, and their starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from services.worker.meters import Meters
 from shared.messages import TeBeat
 from shared.metrics import Metrics
+from shared.scaling_messages import Start, Step
 
 
 def beat(te: str, **counters: float) -> TeBeat:
@@ -70,3 +71,27 @@ def test_what_bands_got_and_were_refused_is_told_apart() -> None:
     ):
         assert line in text
     assert 'band="taken_over"' not in text
+
+
+def test_the_steps_of_starts_are_counted_by_how_they_were_done() -> None:
+    """Each start adds its five steps to the histograms of its kind of process and source of weights."""
+    metrics = Metrics()
+    meters = Meters(metrics)
+    steps = {step.value: 0.02 for step in Step}
+    for process in ("fork", "fork", "warm"):
+        meters.started(
+            Start(
+                te="te-1",
+                model="m",
+                role="colocated",
+                process=process,
+                weights="dram",
+                steps=steps,
+                total_s=0.1,
+            )
+        )
+    text = metrics.text().decode()
+    for step in Step:
+        for process, number in (("fork", 2.0), ("warm", 1.0)):
+            labels = f'process="{process}",step="{step.value}",weights="dram"'
+            assert f"deepflow_scaling_step_seconds_count{{{labels}}} {number}" in text

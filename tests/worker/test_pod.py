@@ -284,5 +284,5 @@ async def test_a_pod_host_trains_beside_its_tes(
         await peer.send(te, peer.request("a", max_tokens=20))
         assert len(tokens(await peer.end("a"))) == 20
         await until(lambda: ends, timeout_s=30)
-        assert (ends[0].pod, ends[0].failure) == (pod, None)
+        assert ends[0].failure is None
         assert LengthTable.from_bytes(ends[0].result).num_buckets > 1

@@ -50,10 +50,13 @@ def _equal(a: Prepared, b: Prepared) -> bool:
 
 
 def _files(cache_dir: Path) -> list[str]:
-    """What lies below the cache, without the lock."""
+    """What lies below the cache, without the locks."""
     return sorted(
         path.name for path in cache_dir.rglob("*") if path.is_file() and path.name != "lock"
     )
+
+
+WHOLE = ["packed.json", "packed.safetensors"]  # the sidecar, and the weights
 
 
 def _dequantised(prepared: Prepared, name: str) -> Floats:
@@ -72,7 +75,7 @@ def test_the_second_time_it_is_only_mapped(tmp_path: Path) -> None:
         assert not array.flags.writeable
         # The file begins a page, so an offset in it is an offset in memory.
         assert array.ctypes.data % ALIGNMENT == 0, name
-    assert _files(cache_dir) == ["packed.safetensors"]
+    assert _files(cache_dir) == WHOLE
     with safe_open(first.path, framework="numpy") as file:
         assert set(file.keys()) == set(first.arrays)
 
@@ -154,7 +157,8 @@ def test_a_changed_checkpoint_is_prepared_again(tmp_path: Path) -> None:
     assert len({prepared.path for prepared in seen}) == 4
     assert _equal(seen[0], seen[1])  # who had it mapped still has it
     assert (seen[-1].arrays["head.codes"] == 128).all()  # zeros: the norm's weights are in there
-    assert sorted((tmp_path / "prepared").glob("*/*")) == sorted([kept.path, seen[-1].path])
+    files = sorted((tmp_path / "prepared").glob("*/*.safetensors"))
+    assert files == sorted([kept.path, seen[-1].path])
 
 
 def test_weights_of_models_that_are_gone_are_removed(tmp_path: Path) -> None:
@@ -213,7 +217,7 @@ def test_a_killed_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
     assert _files(cache_dir) == ["packed.partial"]
     prepared = open_prepared(folder, cache_dir)
     assert np.isfinite(prepared.arrays["norm"]).all()
-    assert _files(cache_dir) == ["packed.safetensors"]
+    assert _files(cache_dir) == WHOLE
 
 
 def test_processes_that_start_together_prepare_once(tmp_path: Path) -> None:
@@ -294,7 +298,7 @@ def test_kernels_and_cache_come_from_the_environment(
     monkeypatch.setenv("DEEPFLOW_CACHE", str(tmp_path / "cache"))
     decoder = load_decoder(make_tiny(tmp_path / "tiny"), threads=1)
     assert decoder.description == "torch, 1 threads, w8a8"
-    assert _files(tmp_path / "cache") == ["packed.safetensors"]
+    assert _files(tmp_path / "cache") == WHOLE
     with pytest.raises(ConfigError, match="DEEPFLOW_KERNELS"):
         read_kernels(Reader({"DEEPFLOW_KERNELS": "metal"}))
 

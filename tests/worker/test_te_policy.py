@@ -20,8 +20,10 @@ from services.worker.flowserve.config import ModelConfig
 from services.worker.flowserve.engine import Engine
 from services.worker.pulse import FORGIVEN_S, Pulse
 from services.worker.recipe import model_entry, pick_backend, recipe_digest, served_context
-from services.worker.settings import TeSettings, WorkerSettings, default_threads, for_te, num_cores
+from services.worker.settings import TeSettings, WorkerSettings, default_threads, for_te
 from services.worker.tally import Tally
+from services.worker.te import assigned
+from services.worker.tie import Assignment
 from shared.catalog import open_model
 from shared.config import ConfigError
 from shared.errors import InvalidRequest, Overloaded, Unavailable
@@ -394,31 +396,40 @@ def test_a_model_that_cannot_be_served_is_refused_before_a_te_is_started(tmp_pat
 
 
 def test_a_te_reads_back_what_its_pod_host_gave_it() -> None:
-    """A TE has its pod's settings, its own model and pod, its share of the cores, and no port of the pod's."""
-    env = {"DEEPFLOW_MODELS": "a, b,a", "DEEPFLOW_THREADS": "3", "DEEPFLOW_METRICS_PORT": "9000"}
+    """A TE has its pod's settings, one thread until it is told how many, and no model until it is assigned one."""
+    env = {"DEEPFLOW_MODELS": "a, b,a", "DEEPFLOW_KV_TOKENS": "300", "DEEPFLOW_INSTANCE": "pod"}
     pod = WorkerSettings.load(env)
     assert pod.models == ("a", "b")
-    given_env = for_te(
-        env, pod, model="b", pod="pod-1", role="decode", devices={"CUDA_VISIBLE_DEVICES": "1"}
-    )
-    assert given_env["OMP_NUM_THREADS"] == "3"
+    given_env = for_te(env, pod="pod-1")
+    assert given_env["OMP_NUM_THREADS"] == "1"
     assert given_env["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     te = TeSettings.load(given_env)
-    assert (te.model, te.pod, te.threads, te.metrics_port) == ("b", "pod-1", 3, 0)
-    assert te.role == "decode"
+    assert (te.model, te.pod, te.instance, te.kv_tokens) == ("", "pod-1", "", 300)
+    te = assigned(te, Assignment(model="b", role="decode", threads=3))
+    assert (te.model, te.role, te.threads, te.kv_tokens) == ("b", "decode", 3, 300)
 
 
 def test_prefill_and_decode_tes_stand_beside_colocated_ones_or_alone() -> None:
-    """There is one colocated TE if nobody says else, none beside a pair of the other roles; all share the cores."""
+    """There is one colocated TE if nobody says else, none beside a pair of the other roles; it may be a range."""
     for env, numbers in (
-        ({}, (1, 0, 0)),
-        ({"DEEPFLOW_PD": "1p2d"}, (0, 1, 2)),
-        ({"DEEPFLOW_PD": "2p1d", "DEEPFLOW_WORKERS": "3"}, (3, 2, 1)),
-        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "0"}, (0, 1, 1)),
+        ({}, (1, 1, 0, 0)),
+        ({"DEEPFLOW_PD": "1p2d"}, (0, 0, 1, 2)),
+        ({"DEEPFLOW_PD": "2p1d", "DEEPFLOW_WORKERS": "3"}, (3, 3, 2, 1)),
+        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "0"}, (0, 0, 1, 1)),
+        ({"DEEPFLOW_PD": "1p1d", "DEEPFLOW_WORKERS": "0..4"}, (0, 4, 1, 1)),
+        ({"DEEPFLOW_WORKERS": "0..8"}, (0, 8, 0, 0)),
+        ({"DEEPFLOW_WORKERS": "2..3"}, (2, 3, 0, 0)),
     ):
         settings = WorkerSettings.load(env)
-        assert (settings.num_colocated, settings.num_prefill, settings.num_decode) == numbers
-    assert settings.threads == default_threads(num_cores(), 2, native=True)
+        bounds = (settings.min_tes, settings.max_tes)
+        assert (*bounds, settings.num_prefill, settings.num_decode) == numbers
+        assert settings.threads == 0  # a share of the cores, of as many TEs as there are to be
+
+
+def test_compute_threads_are_a_share_of_the_cores() -> None:
+    """Native kernels share all cores, torch's all but one; each TE has a thread at least."""
+    assert [default_threads(8, number, native=True) for number in (1, 3, 64)] == [8, 2, 1]
+    assert [default_threads(8, number, native=False) for number in (1, 3, 64)] == [7, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -426,6 +437,9 @@ def test_prefill_and_decode_tes_stand_beside_colocated_ones_or_alone() -> None:
     [
         ("DEEPFLOW_MODELS", " , "),
         ("DEEPFLOW_WORKERS", "0"),
+        ("DEEPFLOW_WORKERS", "3..2"),
+        ("DEEPFLOW_WORKERS", "-1"),
+        ("DEEPFLOW_WORKERS", "0..9999"),
         ("DEEPFLOW_PD", "1p"),
         ("DEEPFLOW_PD", "0p1d"),
         ("DEEPFLOW_DTYPE", "int4"),

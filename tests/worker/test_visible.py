@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.worker.flowserve.config import ModelError
-from services.worker.visible import present, visible
+from services.worker.visible import num_places, present, visible
 
 
 def shown(
@@ -63,3 +63,12 @@ def test_devices_are_counted_by_their_nodes(tmp_path: Path) -> None:
     for name in ("davinci0", "davinci7", "davinci_manager", "nvidia0", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     assert [present(device, tmp_path) for device in ("npu", "cuda", "cpu")] == [2, 1, 0]
+
+
+def test_as_many_tes_as_devices_allow_have_their_own() -> None:
+    """What the environment hides is not counted; on the CPU, and where there are no nodes, there is no such number."""
+    assert num_places("cuda", {}, num_present=8, num_ranks=2) == 4
+    assert num_places("cuda", {"CUDA_VISIBLE_DEVICES": "3, 1,5"}, num_present=8, num_ranks=2) == 1
+    assert num_places("npu", {"CUDA_VISIBLE_DEVICES": ""}, num_present=2, num_ranks=1) == 2
+    assert num_places("cuda", {}, num_present=0, num_ranks=1) is None
+    assert num_places("cpu", {}, num_present=0, num_ranks=1) is None

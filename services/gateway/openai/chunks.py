@@ -101,6 +101,13 @@ def events(chunks: Sequence[bytes]) -> bytes:
     return b"data: " + b"\n\ndata: ".join(chunks) + b"\n\n" if chunks else b""
 
 
+def waiting(stage: str, percent: int) -> str:
+    """What a stream says while its model is being started: queued | loading 40 % | warm."""
+    if stage == "loading":
+        return f"loading {min(100, max(0, percent))} %"
+    return "warm" if stage == "warm" else "queued"
+
+
 def comments(notices: Sequence[str]) -> bytes:
     """Notices as SSE comments, which clients skip."""
     return b"".join(b": %s\n\n" % notice.encode() for notice in notices)

@@ -169,9 +169,11 @@ class Engine(Traffic):
         fetch: bool = False,
         on_loss: Callable[[Loss], None] | None = None,
         wake: Callable[[], None] | None = None,
+        on_weights: Callable[[], None] | None = None,
     ) -> Engine:
         """An engine over the model in a folder, with room for `kv_tokens` tokens or, without, in `kv_bytes` bytes of
-        each executor. `on_loss` is called from a thread of its own when one of several executors is lost.
+        each executor. `on_loss` is called from a thread of its own when one of several executors is lost, `on_weights`
+        once the weights are there.
 
         Raises ModelError for what is wrong with the model, InvalidRequest if the room is less than one block.
         """
@@ -179,6 +181,8 @@ class Engine(Traffic):
 
         backend = Backend.of(folder, device=device, dtype=dtype, kernels=kernels, tp=tp, pp=pp)
         decoder = backend.load(folder, threads=threads, cache_dir=cache_dir, on_loss=on_loss)
+        if on_weights is not None:
+            on_weights()
         page = backend.page
         num_blocks = kv_bytes // decoder.bytes_per_block(page)
         if kv_tokens:

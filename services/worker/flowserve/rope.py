@@ -13,7 +13,7 @@ import numpy as np
 from services.worker.flowserve.config import ModelConfig, RopeConfig
 from services.worker.flowserve.quantise import Floats
 
-_CHUNK = 4096  # positions by which the table grows
+_FIRST = 256  # positions of the first table; then it doubles, so that a short-lived engine computes no long one
 
 
 class RotaryTable:
@@ -34,7 +34,8 @@ class RotaryTable:
         """(cos, sin), fp32 [at least position + 1, head_dim / 2] each, contiguous. Rows once given never change; the
         arrays may be others after a later call."""
         while len(self._cos) <= position:
-            positions = np.arange(len(self._cos), len(self._cos) + _CHUNK, dtype=np.float32)
+            stop = max(2 * len(self._cos), _FIRST)
+            positions = np.arange(len(self._cos), stop, dtype=np.float32)
             # Angles are rounded as everyone rounds them. Their cosines are taken in double precision, which leaves
             # next to nothing to this machine's own approximation.
             angles = np.outer(positions, self._frequencies).astype(np.float64)

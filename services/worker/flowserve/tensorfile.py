@@ -33,12 +33,13 @@ _MAX_HEADER_BYTES = 100_000_000  # the library's own bound
 
 
 class TensorFile:
-    """The tensors of one file by name. Raises ModelError naming the file, where it is none or was cut off."""
+    """The tensors of one file by name; `fd`, where there is one, is that file, which need not lie at `path` (nor where
+    this process can see it). Raises ModelError naming the file, where it is none or was cut off."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fd: int | None = None) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with path.open("rb") if fd is None else open(fd, "rb", closefd=False) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise ModelError(f"{path} does not exist") from None

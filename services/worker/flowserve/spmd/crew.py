@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from services.worker.flowserve.spmd.heartbeat import (
     Heartbeats,
     Judge,
 )
+from services.worker.flowserve.spmd.nest import Forked, nest
 from shared import errors, log
 
 _READ_BYTES: Final = 1 << 16
@@ -36,11 +38,28 @@ _KILLED_S: Final = 5.0  # the kernel may take its time with a process that holds
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How to start one executor."""
+    """How to start one executor: a module, its argument, and the descriptors that it is to have."""
 
-    arguments: list[str]
-    descriptors: tuple[int, ...]  # to be inherited
+    module: str
+    argument: str
+    descriptors: tuple[int, ...]  # equal in parent and child
     env: Mapping[str, str]
+
+    def start(self) -> subprocess.Popen[bytes] | Forked:
+        """Off the nest, if there is one; else by a new interpreter. Raises OSError."""
+        if (from_ := nest()) is not None:
+            try:
+                return from_.fork(self.module, self.argument, self.env, self.descriptors)
+            except OSError as error:
+                log.note("nest_cannot_fork", error=str(error))
+        return subprocess.Popen(
+            [sys.executable, "-m", self.module, self.argument],
+            env=self.env,
+            pass_fds=self.descriptors,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for rank 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +77,7 @@ class Loss:
 @dataclass(slots=True)
 class _Member:
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     pidfd: int
     heard: bytes = b""  # said, but no whole line yet
     loaded: bool = False
@@ -149,14 +168,7 @@ class Crew:
 
     def _start(self) -> None:
         for rank, command in enumerate(self._commands, 1):
-            process = subprocess.Popen(
-                command.arguments,
-                env=command.env,
-                pass_fds=command.descriptors,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C in a terminal is for rank 0
-            )
+            process = command.start()
             self._members.append(_Member(rank, process, os.pidfd_open(process.pid)))
         log.note("executors_started", pids=[member.process.pid for member in self._members])
 

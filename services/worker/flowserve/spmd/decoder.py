@@ -227,7 +227,8 @@ class SpmdDecoder:
 
 def _command(job: Job) -> Command:
     return Command(
-        arguments=[sys.executable, "-m", _EXECUTOR, job.dump()],
+        module=_EXECUTOR,
+        argument=job.dump(),
         descriptors=job.descriptors,
         env=os.environ | compute_env(job.threads),
     )

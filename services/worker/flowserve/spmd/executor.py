@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _MAX_WORDS: Final = 4000  # of an error's text: one write of a pipe
 
 
-def main(argument: str) -> NoReturn:
+def run(argument: str) -> NoReturn:
     """Run one executor to its end."""
     job = Job.parse(argument)
     _die_with(job.parent)
@@ -134,4 +134,4 @@ def _say(voice: int, words: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(sys.argv[1])
