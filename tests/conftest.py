@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 # As a TE runs on two cores; read by the OpenMP runtime when torch is loaded, so it stands before the other imports.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("service")
         else:
             item.add_marker("core")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A test that runs a command in this process has it log to a file that is closed afterwards."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ class JobExecutor:
     async def _dispatch(self, request: Request, active: Active) -> str | None:
         """Places the first task, split or whole; None if no TE could be reached. Raises as the dispatcher does."""
         if self.outlook.is_spreading(request.model, self._clock()):
-            full = self._registry.full(request.model)
+            full = self._registry.full(request.model, self._share(request.model))
             request = replace(request, avoid=[*request.avoid, *full])
         if self._handovers.worthwhile(request):
             te = await self._handovers.prefill(request, active)
@@ -179,7 +179,10 @@ class JobExecutor:
         model = request.model
         return (
             self.outlook.is_spreading(model, self._clock())
-            and (self.lot.num_waiting(model) > 0 or not self._registry.has_room(model))
+            and (
+                self.lot.num_waiting(model) > 0
+                or not self._registry.has_room(model, self._share(model, num_more=1))
+            )
             and self.lot.budget_s(request) > 0
             and self.lot.has_room(request)
         )
@@ -187,7 +190,14 @@ class JobExecutor:
     def _may_leave(self, model: str) -> bool:
         """Whether one that is parked may be given to a TE now."""
         is_spreading = self.outlook.is_spreading(model, self._clock())
-        return self._registry.ready(model) and (not is_spreading or self._registry.has_room(model))
+        return self._registry.ready(model) and (
+            not is_spreading or self._registry.has_room(model, self._share(model))
+        )
+
+    def _share(self, model: str, num_more: int = 0) -> int | None:
+        """What one TE is to have of all that runs and waits, while others are about to come."""
+        num_tasks = self._registry.num_tasks(model) + self.lot.num_waiting(model) + num_more
+        return self.outlook.share(model, num_tasks, self._clock())
 
     def unpark(self, model: str) -> None:
         """Places the model's parked requests, one after another, while it has a TE with room."""

@@ -17,6 +17,7 @@ from shared.scaling_messages import Fleet
 
 FRESH_S: Final = 3.0  # three times as long as the manager takes between two words
 SPREAD_S: Final = 10.0  # that long TEs on their way are waited for, while others are up
+SOON_MS: Final = 2000  # within that, a burst had better wait for the TEs that come than share one
 RETRY_AFTER_S: Final = (1.0, 300.0)
 OFF_RETRY_S: Final = 60.0  # an operator does not change his mind every second
 _UNKNOWN_S: Final = 5.0  # how long a start takes, until one was seen
@@ -118,6 +119,14 @@ class Outlook:
             and now - seen.starting_since <= SPREAD_S
             and self.fleet(model, now) is not None
         )
+
+    def share(self, model: str, num_tasks: int, now: float) -> int | None:
+        """How many of all the tasks that run and wait one TE is to have, while others come at any moment; None where
+        a TE may have as many as it runs at once."""
+        fleet = self.fleet(model, now)
+        if fleet is None or not 0 <= fleet.eta_ms <= SOON_MS:
+            return None
+        return max(1, -(-num_tasks // max(1, fleet.target)))
 
     def refusal(
         self, model: str, *, budget_s: float, num_ahead: int, is_alive: bool, now: float

@@ -108,6 +108,11 @@ class _Te:
     def is_candidate(self) -> bool:
         return self.reachable and self.beat.state == "ready"
 
+    def num_tasks(self, num_peers: int) -> int:
+        """Those of its last beat that have not ended since, and what it was given."""
+        known = self.beat.running + self.beat.waiting - self.num_freed
+        return max(0, known) + len(self.given) * num_peers
+
 
 class Registry:
     """Every TE that counts as alive. Bounded by the TEs that beat, and by what is given between two beats.
@@ -289,21 +294,30 @@ class Registry:
         """Whether `model` has a candidate."""
         return any(te.beat.model == model and te.is_candidate for te in self._tes.values())
 
-    def full(self, model: str) -> list[str]:
-        """The TEs that are ready for `model` and could not run one more task at once, as far as is known here."""
+    def full(self, model: str, share: int | None = None) -> list[str]:
+        """The TEs that are ready for `model` and could not run one more task at once, or have their share of them, as
+        far as is known here."""
         peers = max(1, self.num_peers)
         return [
             name
             for name, te in self._tes.items()
             if te.beat.model == model
             and te.is_candidate
-            and te.beat.free_slots + te.num_freed <= len(te.given) * peers
+            and (
+                te.beat.free_slots + te.num_freed <= len(te.given) * peers
+                or (share is not None and te.num_tasks(peers) >= share)
+            )
         ]
 
-    def has_room(self, model: str) -> bool:
+    def has_room(self, model: str, share: int | None = None) -> bool:
         """Whether a TE that is ready for `model` is not full."""
         num_ready = sum(te.beat.model == model and te.is_candidate for te in self._tes.values())
-        return num_ready > len(self.full(model))
+        return num_ready > len(self.full(model, share))
+
+    def num_tasks(self, model: str) -> int:
+        """What all TEs of a model have to do, as far as is known here."""
+        peers = max(1, self.num_peers)
+        return sum(te.num_tasks(peers) for te in self._tes.values() if te.beat.model == model)
 
     def page(self, te: str) -> int:
         """Tokens of one KV page of a TE."""

@@ -9,6 +9,7 @@ from services.scheduler.outlook import (
     OFF_RETRY_S,
     QUEUED,
     RETRY_AFTER_S,
+    SOON_MS,
     SPREAD_S,
     WARM,
     Outlook,
@@ -133,3 +134,13 @@ def test_spreading_lasts_as_long_as_tes_come_and_not_for_ever() -> None:
     seen.heard(replace(WAKING, ready=1, starting=0), SPREAD_S + 2)
     seen.heard(WAKING, SPREAD_S + 3)
     assert seen.is_spreading("m", SPREAD_S + 3)
+
+
+def test_a_burst_is_shared_out_while_others_come_at_any_moment() -> None:
+    """Each of the TEs that are wanted has its part of all tasks; where they take long, a TE may have what it runs."""
+    soon = replace(WAKING, target=4, eta_ms=SOON_MS)
+    assert outlook(soon).share("m", 10, 0.0) == 3
+    assert outlook(soon).share("m", 0, 0.0) == 1
+    assert outlook(replace(soon, eta_ms=SOON_MS + 1)).share("m", 10, 0.0) is None
+    assert outlook(replace(soon, eta_ms=-1)).share("m", 10, 0.0) is None
+    assert outlook(soon).share("m", 10, FRESH_S + 1) is None

@@ -213,3 +213,19 @@ def test_registrations_are_a_hint() -> None:
     registry.beat(beat("b"), 0.0)
     assert registry.silent() == ["a"]
     assert names(registry) == {"b"}
+
+
+def test_a_te_with_its_share_has_no_room() -> None:
+    """A share counts what its last beat tells, less what has ended since, and what it was given; free slots do not
+    help it."""
+    registry = Registry(Liveness())
+    registry.beat(beat("a", running=2, free_slots=8), 0.0)
+    registry.beat(beat("b", free_slots=8), 0.0)
+    registry.give("b", "t", Given(when=0.0))
+    assert registry.num_tasks("m") == 3
+    assert registry.full("m", 2) == ["a"]
+    assert registry.has_room("m", 2)
+    assert not registry.has_room("m", 1)
+    registry.ended("a", "of that beat")
+    assert registry.full("m", 2) == []
+    assert registry.full("m") == []
