@@ -18,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import Final
 
 from services.scheduler.costs import Costs
@@ -29,6 +30,7 @@ STALL_MS: Final = 1500  # a TE without progress for this long beyond its predict
 SETTLE_S: Final = 0.1  # a beat younger than this after a dispatch may have left the TE before it
 LATE_S: Final = 60.0  # what was given in this time is a TE's share of late
 PAGE: Final = 16  # tokens; of a TE whose registration has not been read yet
+_TYPICAL_S: Final = 1.0  # what work costs in a group is found out anew so often
 _SUSPECT_S: Final = 2.0
 _MAX_DEAD: Final = 1024
 
@@ -93,6 +95,15 @@ class _Load:
     decode_row_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Typical:
+    """Seconds for a token of a prompt and of an answer, and as of when."""
+
+    when: float
+    token_s: float
+    decode_token_s: float
+
+
 @dataclass(slots=True)
 class _Te:
     beat: TeBeat
@@ -126,6 +137,7 @@ class Registry:
         self._costs = costs or Costs()
         self._page = page
         self._tes: dict[str, _Te] = {}
+        self._groups: dict[tuple[str, str], _Typical] = {}
         self._dead: dict[str, None] = {}  # the latest `Down`s: a late beat changes nothing
         self._pages: dict[str, int] = {}  # registered TE -> tokens of one of its KV pages
 
@@ -244,7 +256,7 @@ class Registry:
             beat = te.beat
             if beat.model != model or not te.is_candidate:
                 continue
-            load = te.load or self._loaded(name, te)
+            load = te.load or self._loaded(name, te, now)
             since = now - te.beaten
             outstanding_s = load.outstanding_s - since
             if band is not Band.BATCH:
@@ -271,8 +283,15 @@ class Registry:
             )
         return found
 
-    def _loaded(self, name: str, te: _Te) -> _Load:
+    def _loaded(self, name: str, te: _Te, now: float) -> _Load:
         beat, given, page = te.beat, te.given.values(), self.page(name)
+        token_s = self._costs.prefill_token_s(beat)
+        decode_token_s = self._costs.decode_token_s(beat)
+        if beat.prefill_us and not (beat.running or beat.waiting or given):
+            # What it measured in a bad hour, its first one perhaps, it will not measure again without work.
+            group = self._typical(beat.model, beat.role, now)
+            token_s = min(token_s, group.token_s)
+            decode_token_s = min(decode_token_s, group.decode_token_s)
         te.load = _Load(
             page=page,
             outstanding_s=beat.outstanding_s,
@@ -284,11 +303,30 @@ class Registry:
             pages_active=beat.blocks_used
             + beat.blocks_reserved
             + sum(-(-one.num_tokens // page) for one in given),
-            token_s=self._costs.prefill_token_s(beat),
-            decode_token_s=self._costs.decode_token_s(beat),
+            token_s=token_s,
+            decode_token_s=decode_token_s,
             decode_row_s=self._costs.decode_row_s(beat),
         )
         return te.load
+
+    def _typical(self, model: str, role: str, now: float) -> _Typical:
+        """What work costs on the TE in the middle of those of a group."""
+        known = self._groups.get((model, role))
+        if known is None or now - known.when >= _TYPICAL_S:
+            beats = [
+                te.beat
+                for te in self._tes.values()
+                if te.beat.model == model and te.beat.role == role and te.beat.prefill_us
+            ]
+            known = _Typical(
+                now,
+                median_low(map(self._costs.prefill_token_s, beats)) if beats else math.inf,
+                median_low(map(self._costs.decode_token_s, beats)) if beats else math.inf,
+            )
+            if len(self._groups) >= _MAX_DEAD:
+                self._groups.clear()
+            self._groups[model, role] = known
+        return known
 
     def ready(self, model: str) -> bool:
         """Whether `model` has a candidate."""

@@ -229,3 +229,15 @@ def test_a_te_with_its_share_has_no_room() -> None:
     registry.ended("a", "of that beat")
     assert registry.full("m", 2) == []
     assert registry.full("m") == []
+
+
+def test_an_idle_te_is_not_shunned_for_what_it_measured_in_a_bad_hour() -> None:
+    """Without work it costs at most what the TE in the middle of its group does; with work, what it measures."""
+    registry = Registry(Liveness())
+    for te, prefill_us in (("a", 1000.0), ("b", 1200.0), ("slow", 9000.0)):
+        registry.beat(beat(te, prefill_us=prefill_us, decode_us=prefill_us), 0.0)
+    costs = {one.te: one.token_s for one in registry.candidates("m", 0.0)}
+    assert costs == {"a": 1e-3, "b": 1.2e-3, "slow": 1.2e-3}
+    registry.beat(beat("slow", prefill_us=9000.0, running=1), 0.1)
+    costs = {one.te: one.token_s for one in registry.candidates("m", 0.1)}
+    assert costs["slow"] == 9e-3
