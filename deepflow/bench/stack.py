@@ -133,16 +133,23 @@ class Stack:
         reply = await self._ask(te, "status")
         return int(orjson.loads(reply.body)["running"]), reply.pid
 
+    async def placed(self, je: str, request: str) -> str | None:
+        """The TE to which a JE gave a request last; None if it was not this JE."""
+        reply = await self._ask(je, "placement", kind="scheduler", argument=request)
+        chosen = [one["chosen"] for one in orjson.loads(reply.body)["decisions"] if one["chosen"]]
+        return chosen[-1] if chosen else None
+
     async def ask_all(self, kind: str, verb: str = "status") -> list[StatusReply]:
         """What every service of a kind says of itself."""
         subject = self.bus.subjects.status(kind, "all")
         return await self.bus.gather(subject, StatusQuery(verb=verb), StatusReply, wait_s=_GATHER_S)
 
-    async def _ask(self, te: str, verb: str) -> StatusReply:
-        subject = self.bus.subjects.status("te", te)
-        return await self.bus.request(
-            subject, StatusQuery(verb=verb), StatusReply, timeout_s=_ASK_S
-        )
+    async def _ask(
+        self, instance: str, verb: str, *, kind: str = "te", argument: str = ""
+    ) -> StatusReply:
+        subject = self.bus.subjects.status(kind, instance)
+        query = StatusQuery(verb=verb, argument=argument)
+        return await self.bus.request(subject, query, StatusReply, timeout_s=_ASK_S)
 
     def cpu_times(self) -> CpuTimes:
         """Of every process of the platform."""

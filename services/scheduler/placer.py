@@ -179,7 +179,7 @@ class Placer:
         """The TE is being asked. Counts from the question on: a burst must not find the same TE idle, nor each of its
         prompts find that it alone would bring what they share. Should the TE refuse, that ends by itself."""
         self.registry.give(te.te, task, self._given(te, work, now))
-        self.registry.did(te.te, te.prefill_s, now)
+        self.registry.did(te.te, te.prefill_tokens, now)
         if work.kind is not TaskKind.DECODE and work.hashes:
             self._trees.assume(te.te, work.hashes, now, _ASSUMED_S)
 
@@ -191,7 +191,7 @@ class Placer:
     def refused(self, te: Candidate, task: str, now: float) -> None:
         """It does not do the task."""
         self.registry.ended(te.te, task)
-        self.registry.did(te.te, -te.prefill_s, now)
+        self.registry.did(te.te, -te.prefill_tokens, now)
 
     def ended(self, te: str, task: str) -> None:
         """The task is over."""

@@ -56,26 +56,26 @@ class _Late:
     __slots__ = ("_parts", "_sum")
 
     def __init__(self) -> None:
-        self._parts: deque[tuple[float, float]] = deque()  # (until when it counts, work), in order
-        self._sum = 0.0
+        self._parts: deque[tuple[float, int]] = deque()  # (until when they count, tokens), in order
+        self._sum = 0
 
-    def add(self, work_s: float, now: float) -> None:
+    def add(self, num_tokens: int, now: float) -> None:
         until = int(now) + LATE_S
         if self._parts and self._parts[-1][0] >= until:
-            until, before_s = self._parts.pop()
-            self._parts.append((until, before_s + work_s))
+            until, before = self._parts.pop()
+            self._parts.append((until, before + num_tokens))
         else:
-            self._parts.append((until, work_s))
-        self._sum += work_s
+            self._parts.append((until, num_tokens))
+        self._sum += num_tokens
 
-    def sum(self, now: float) -> float:
+    def sum(self, now: float) -> int:
         parts = self._parts
         if parts and parts[0][0] <= now:
             while parts and parts[0][0] <= now:
                 parts.popleft()
-            self._sum = math.fsum(work_s for _, work_s in parts)
+            self._sum = sum(num_tokens for _, num_tokens in parts)
         # Below 0 where a refusal is still counted, and what it takes back no more.
-        return self._sum if self._sum > 0.0 else 0.0
+        return self._sum if self._sum > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +165,14 @@ class Registry:
                 del te.given[task]
         return beat.state == "ready" and not was_candidate
 
-    def _least_late(self, new: TeBeat, now: float) -> float:
+    def _least_late(self, new: TeBeat, now: float) -> int:
         """Where a new TE starts: level with the least loaded, or all that comes would be sent to it for a while."""
         group = [
             te.late.sum(now)
             for te in self._tes.values()
             if te.beat.model == new.model and te.beat.role == new.role
         ]
-        return min(group, default=0.0)
+        return min(group, default=0)
 
     def down(self, te: str) -> bool:
         """Declared dead by its pod host. True if it counted as alive."""
@@ -216,11 +216,12 @@ class Registry:
         else:
             known.num_freed += 1
 
-    def did(self, te: str, work_s: float, now: float) -> None:
-        """So much prefill was given to `te` now; less than 0 where it was not, after all."""
+    def did(self, te: str, num_tokens: int, now: float) -> None:
+        """So much prefill was given to `te` now; less than 0 where it was not, after all. In tokens: what they take is
+        known better later."""
         known = self._tes.get(te)
         if known is not None:
-            known.late.add(work_s, now)
+            known.late.add(num_tokens, now)
 
     def unreachable(self, te: str) -> None:
         """Nobody listens on the TE's subject, or it takes no tasks: no candidate until it beats again."""
@@ -270,7 +271,7 @@ class Registry:
                     load.page,
                     outstanding_s if outstanding_s > 0.0 else 0.0,
                     load.given_s * peers,  # dispatched_s
-                    te.late.sum(now),
+                    te.late.sum(now) * load.token_s,  # recent_s
                     (waiting_tokens if waiting_tokens > 0.0 else 0.0) + load.given_tokens * peers,
                     load.num_running,
                     load.pages_active,
@@ -287,9 +288,13 @@ class Registry:
         beat, given, page = te.beat, te.given.values(), self.page(name)
         token_s = self._costs.prefill_token_s(beat)
         decode_token_s = self._costs.decode_token_s(beat)
-        if beat.prefill_us and not (beat.running or beat.waiting or given):
+        group = self._typical(beat.model, beat.role, now)
+        if (
+            not beat.prefill_us
+        ):  # it has just come up: as fast as the others, as far as anybody knows
+            token_s = group.token_s if math.isfinite(group.token_s) else token_s
+        elif not (beat.running or beat.waiting or given):
             # What it measured in a bad hour, its first one perhaps, it will not measure again without work.
-            group = self._typical(beat.model, beat.role, now)
             token_s = min(token_s, group.token_s)
             decode_token_s = min(decode_token_s, group.decode_token_s)
         te.load = _Load(

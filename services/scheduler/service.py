@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Set
 from random import Random
 from typing import Any
 
@@ -107,9 +106,7 @@ class Scheduler:
             max_park_s=settings.park_max_s,
         )
         self._demand = DemandMeter(service.id, self._lot, lengths, costs, slo_s=settings.slo_ttft_s)
-        self._cluster = ClusterManager(
-            service, tes=self._registry.beats, models=self._catalogue_names
-        )
+        self._cluster = ClusterManager(service, tes=self._registry.beats, knows=self._knows)
         clients = Clients(service.bus, service.id)
         handovers = Handovers(
             dispatcher,
@@ -279,8 +276,8 @@ class Scheduler:
         """From the last view; a name that is not in it is looked up, it may be new."""
         return self._catalogue.get(name) or await self._models.get(name, ModelEntry)
 
-    def _catalogue_names(self) -> Set[str]:
-        return self._catalogue.keys()
+    async def _knows(self, name: str) -> bool:
+        return await self._find_model(name) is not None
 
     def _pods(self, model: str) -> list[str]:
         """The pod hosts that serve a model, the idlest first."""

@@ -19,9 +19,7 @@ from services.worker.copying import Copying
 from services.worker.peers import Peers
 from shared.arena.place import read_host
 from shared.arena.reader import Reader
-from shared.distflow.backend import chosen
-from shared.distflow.flow import DistFlow
-from shared.errors import DeepFlowError, Unavailable
+from shared.errors import DeepFlowError
 from shared.rtc_messages import Free, Populate, Populated, QueryPopulate
 
 if TYPE_CHECKING:
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from services.worker.flowserve.engine import Engine
     from services.worker.flowserve.outcome import Want
     from services.worker.flowserve.rtc.executor import Load
+    from services.worker.linking import Linking
     from services.worker.loop import EngineLoop, Report
     from services.worker.settings import TeSettings
     from shared.borrower import Pages
@@ -80,13 +79,19 @@ class Caching:
     """Fetches, write-through and the peers' leases of one TE. Made before the engine, `open`ed when it is ready."""
 
     def __init__(
-        self, service: Service[TeSettings], settings: TeSettings, loop: EngineLoop, recipe: str
+        self,
+        service: Service[TeSettings],
+        settings: TeSettings,
+        loop: EngineLoop,
+        linking: Linking,
+        recipe: str,
     ) -> None:
         self._service = service
         self._settings = settings
         self._bus = service.bus
         self._log = service.log
         self._loop = loop
+        self._linking = linking
         self._te, self._model, self._recipe = service.id, settings.model, recipe
         self._folder = settings.arena_dir
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
@@ -95,7 +100,6 @@ class Caching:
         self._page_bytes = 0
         self._load_s = 0.0  # of one page from the arena, as measured
         self._copying: Copying | None = None
-        self._flow: DistFlow | None = None
         self._peers: Peers | None = None
         self._handovers: dict[tuple[str, int], Handover] = {}  # of tasks that do not run yet
         self._has_leases = False
@@ -103,25 +107,14 @@ class Caching:
         self.host = ""  # of the arena; "" without one
 
     async def open(self, engine: Engine) -> None:
-        """The engine is there: serve its pages to peers, and bring them to the arena. Raises Unavailable."""
-        settings = self._settings
+        """The engine is there: serve its pages to peers, and bring them to the arena."""
         self._page_bytes = engine.page_bytes
         self._load_s = self._page_bytes / _PRIOR_BYTES_S
         if not engine.movable:
             self._log.info("no_kv_transfer", why="this decoder's blocks cannot be moved")
             return
-        flow = DistFlow(
-            name=self._te,
-            fabric=settings.fabric,
-            backends=chosen(settings.distflow, settings.fabric),
-        )
-        try:
-            flow.start()
-        except (OSError, ValueError) as error:
-            raise Unavailable(f"DEEPFLOW_FABRIC={settings.fabric}: {error}") from error
-        self._flow = flow
         self._peers = Peers(
-            self._bus, self._loop, flow, te=self._te, model=self._model, recipe=self._recipe
+            self._bus, self._loop, self._linking, model=self._model, recipe=self._recipe
         )
         self._copying = Copying(
             self._bus,
@@ -133,7 +126,7 @@ class Caching:
             recipe=self._recipe,
             slot_bytes=self._page_bytes,
         )
-        await self._peers.serve(engine)
+        self._peers.serve(engine)
         await self._bus.listen(self._bus.subjects.rtc("free"), (Free,), self._free)
         for name, work in (
             ("copying", self._copying.run()),
@@ -146,13 +139,11 @@ class Caching:
         if self._copying is not None:
             await self._copying.finish()
 
-    async def close(self) -> None:
-        """After the engine's end: let go of segments, links and mappings."""
+    def close(self) -> None:
+        """After the engine's end: let go of segments and mappings."""
         if self._copying is not None:
             self._copying.close()
         self._reader.close()
-        if self._flow is not None:
-            await asyncio.to_thread(self._flow.close)
 
     @property
     def counters(self) -> Counter[str]:

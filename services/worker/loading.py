@@ -20,7 +20,7 @@ from services.worker.flowserve.config import ModelError
 from services.worker.flowserve.engine import Engine
 from services.worker.flowserve.life import local_request
 from services.worker.flowserve.prepared import discard, find_prepared, verify
-from services.worker.preloader import bring_in, drop, is_warm, weight_files
+from services.worker.preloader import WARM_SHARE, bring_in, drop, warm_share, weight_files
 from services.worker.profile import Canary, Profile, ProfileKey, read_profile, write_profile
 from services.worker.recipe import pick_backend, recipe_digest
 from services.worker.tie import Loaded, Ready, StepTook, WeightsCame
@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     from services.worker.flowserve.backend import Backend
     from services.worker.flowserve.prepared import Prepared
     from services.worker.flowserve.spmd.crew import Loss
+    from services.worker.forking import Weights
     from services.worker.settings import TeSettings
     from services.worker.tie import TeEvent
     from shared.catalog import ModelFolder
+
+    Fetch = Callable[[Callable[[int], None]], Awaitable[Weights]]
 
 # The dummy request: no page is computed whole, not even the smallest, so nothing enters the index.
 _PROMPT: Final = 6
@@ -45,6 +48,7 @@ _NUM_TOKENS: Final = {"native": 1, "torch": 3}
 # Of a log-probability. Native products are exact, but the last bits of a logarithm are the machine's; elsewhere the
 # order of sums changes with batch, threads and library.
 _TOLERANCE: Final = {"native": 1e-3, "torch": 0.1}
+_MOST: Final = 0.5  # of the weights: where that came from is where they came from
 # How far a start is, in percent: weights lie here, weights are mapped.
 _WEIGHTS_HERE, _WEIGHTS_MAPPED = 80, 90
 
@@ -53,8 +57,7 @@ class Loading:
     """One start of one TE. `obtain` runs in the event loop, then `load` in the engine's thread; `ready` and `keep`
     follow once the TE serves.
 
-    `fetch` brings the weights here where they are not, from another TE, and says where they came from ("disk" or "dram"
-    where nothing was to be done); without it the disk is the only source. `say` may be called from any thread.
+    `say` may be called from any thread.
     """
 
     def __init__(
@@ -62,7 +65,6 @@ class Loading:
         folder: ModelFolder,
         settings: TeSettings,
         *,
-        fetch: Callable[[], Awaitable[str]] | None = None,
         say: Callable[[TeEvent], None] = lambda _: None,
     ) -> None:
         self.folder = folder
@@ -78,16 +80,19 @@ class Loading:
             room=f"{settings.kv_tokens} tokens, {settings.kv_bytes} bytes, {settings.max_num_seqs}"
             f" choices, {settings.max_batched_tokens} rows",
         )
-        self._fetch = fetch
         self._say = say
         self._began = time.monotonic()
         self._mapped = self._began  # when the weights were there
+        self._handed: Prepared | None = None  # mapped already
         self._found: Profile | None = None  # to be kept
 
-    async def obtain(self) -> None:
-        """Have the weights on this host, if somebody here has them to give."""
-        if self._fetch is not None:
-            self.weights = await self._fetch()
+    async def obtain(self, fetch: Fetch) -> None:
+        """Have the weights on this host. `fetch` takes them from another TE where they are not, and tells its listener
+        how many percent have come; without them from there, the disk is the source."""
+        weights = await fetch(lambda percent: self._progress(percent * _WEIGHTS_HERE // 100))
+        self._handed = weights.prepared
+        if weights.forked:
+            self.weights = "fork"
 
     def load(self, wake: Callable[[], None]) -> Engine:
         """The engine, proven by its dummy request. Raises DeepFlowError naming what is wrong with model or memory."""
@@ -98,7 +103,9 @@ class Loading:
         if self.profile is None:
             self._found = self._measured(engine, canary, files)
         elif not self._is_right(canary):
-            engine = self._again(engine, canary, wake)
+            engine.close()
+            del engine  # and with it the mapping
+            engine = self._again(canary, wake)
         # What was made so far stays: the collector need not visit it again.
         gc.collect()
         gc.freeze()
@@ -123,16 +130,21 @@ class Loading:
             self._say(Loaded(percent))
 
     def _files(self) -> list[Path]:
+        """Those that are here: the file that was handed to us may lie where only a descriptor of it leads."""
+        if self._handed is not None:
+            return [self._handed.path] if self._handed.path.exists() else []
         prepared = takes_prepared(self.backend)
         return weight_files(self.folder.path, self.settings.cache_dir, prepared=prepared)
 
     def _bring_in(self) -> list[Path]:
         """Read what lies on the disk alone, in large pieces: page by page, as it is needed, would take longer."""
         files = self._files()
-        warm = is_warm(files)
-        if self.weights != "fork":
-            self.weights = "dram" if warm else "disk"
-        if files and not warm:
+        share = warm_share(files)
+        if (
+            self.weights != "fork"
+        ):  # the system takes back a few pages of whatever rests for a moment
+            self.weights = "dram" if share >= _MOST else "disk"
+        if files and share < WARM_SHARE:
             total, before = sum(path.stat().st_size for path in files), 0
             for path in files:
                 before += bring_in(path, partial(self._read, before, total))
@@ -145,7 +157,12 @@ class Loading:
     def _make(self, wake: Callable[[], None]) -> Engine:
         num_blocks = None if self.profile is None else self.profile.num_blocks
         return make_engine(
-            self.folder, self.settings, wake, num_blocks=num_blocks, on_weights=self._on_weights
+            self.folder,
+            self.settings,
+            wake,
+            num_blocks=num_blocks,
+            prepared=self._handed,
+            on_weights=self._on_weights,
         )
 
     def _on_weights(self) -> None:
@@ -160,7 +177,7 @@ class Loading:
         assert self.profile is not None
         return self.profile.canary.equals(canary, _TOLERANCE[self.backend.kernels])
 
-    def _again(self, engine: Engine, canary: Canary, wake: Callable[[], None]) -> Engine:
+    def _again(self, canary: Canary, wake: Callable[[], None]) -> Engine:
         """The weights are not those of the profile: read them once more, prepared anew if they are not whole. Raises
         ModelError if that does not mend it."""
         assert self.profile is not None
@@ -173,8 +190,7 @@ class Loading:
             whole=whole,
             came=canary.ids,
         )
-        engine.close()
-        del engine  # and with it the mapping
+        self._handed = None
         gc.collect()
         if prepared is not None and not whole:
             discard(prepared)
@@ -231,10 +247,11 @@ def make_engine(
     wake: Callable[[], None] | None = None,
     *,
     num_blocks: int | None = None,
+    prepared: Prepared | None = None,
     on_weights: Callable[[], None] | None = None,
 ) -> Engine:
     """The engine of a TE with these settings, cold; with `wake`, it asks for pages that it lacks, and calls that when
-    some have moved. `num_blocks` of KV cache, else what the settings say.
+    some have moved. `num_blocks` of KV cache, else what the settings say; `prepared` weights, if they are mapped.
 
     Raises DeepFlowError naming what is wrong with the model or the memory.
     """
@@ -254,6 +271,7 @@ def make_engine(
         threads=settings.threads,
         cache_dir=settings.cache_dir,
         kernels=settings.kernels,
+        prepared=prepared,
         asynchronous=settings.asynchronous,
         speculation=settings.speculation,
         fetch=wake is not None,

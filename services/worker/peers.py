@@ -1,6 +1,6 @@
 """KV between the devices of TEs: what others read here, under a lease, and what is read of theirs, over DistFlow.
 
-Control goes over the bus, `link.<te>`: an offer of a link, a lease on pages, its release. The bytes go from device to
+Control goes over the bus, `link.<te>` (`linking`): a lease on pages, its release. The bytes go from device to
 device's host. A read counts only if its lease is proven to have held until the last byte was there: pages that were
 given up in the middle are another sequence's by then. This module must not know what the pages are wanted for.
 """
@@ -22,8 +22,6 @@ from shared.rtc_messages import (
     LeaseRelease,
     LeaseReleased,
     LeaseRequest,
-    LinkOffer,
-    LinkRequest,
 )
 
 if TYPE_CHECKING:
@@ -31,12 +29,10 @@ if TYPE_CHECKING:
 
     from services.worker.flowserve.decoder import View
     from services.worker.flowserve.engine import Engine
+    from services.worker.linking import Linking
     from services.worker.loop import EngineLoop
     from shared.bus import Bus
-    from shared.distflow.flow import DistFlow
     from shared.distflow.region import Region
-
-    Asked = LinkRequest | LeaseRequest | LeaseRelease
 
 LEASE_S: Final = 5.0  # how long a peer may take to read one chunk
 _CHUNK_BYTES: Final = 64 << 20  # of pages that are read at once, and then given to the device
@@ -50,12 +46,12 @@ class Peers:
     """Both ends of the exchange between this TE and the others of its model."""
 
     def __init__(
-        self, bus: Bus, loop: EngineLoop, flow: DistFlow, *, te: str, model: str, recipe: str
+        self, bus: Bus, loop: EngineLoop, linking: Linking, *, model: str, recipe: str
     ) -> None:
-        self._bus = bus
         self._loop = loop
-        self._flow = flow
-        self._te = te
+        self._linking = linking
+        self._flow = linking.flow
+        self._te = linking.te
         self._model = model
         self._recipe = recipe
         self._page_bytes = 0
@@ -63,31 +59,20 @@ class Peers:
         self._staged: dict[str, Region] = {}  # copies of pages of such a device, by lease
         self._num_staged = 0  # of these, with those that are being made
         self._numbers = count(1)
-        self._borrower = Borrower(bus, flow, te)
+        self._borrower = Borrower(bus, linking.flow, linking.te)
         self._reads = asyncio.Semaphore(_NUM_READS)
         self.num_leases = 0  # reads granted so far
 
-    async def serve(self, engine: Engine) -> None:
+    def serve(self, engine: Engine) -> None:
         """Let others read what this engine's device holds."""
         self._page_bytes = engine.page_bytes
         memory = engine.memory()
         if memory is not None:
             self._region = self._flow.register(memory.data)
-        kinds: tuple[type[Asked], ...] = (LinkRequest, LeaseRequest, LeaseRelease)
-        await self._bus.serve(self._bus.subjects.link(self._te), kinds, self._answer)
+        self._linking.answer(LeaseRequest, self._lend)
+        self._linking.answer(LeaseRelease, self._take_back)
 
     # ----------------------------------------------------------------------------------------------- what others read
-
-    async def _answer(self, asked: Asked) -> LinkOffer | Leased | LeaseReleased:
-        if isinstance(asked, LinkRequest):
-            return self._flow.offer(asked.by)
-        if isinstance(asked, LeaseRequest):
-            return await self._lend(asked)
-        lease = asked.lease
-        if lease in self._staged:
-            self._unstage(lease)
-            return LeaseReleased(valid=True)
-        return LeaseReleased(valid=await self._loop.do(lambda engine: engine.release(lease)))
 
     async def _lend(self, asked: LeaseRequest) -> Leased:
         """A lease on those of the pages that are here: the one that is named, a hand-over's, while it holds (without
@@ -108,6 +93,13 @@ class Peers:
             offsets=[place * self._page_bytes for place in places],
             ttl_ms=round(LEASE_S * 1000),
         )
+
+    async def _take_back(self, asked: LeaseRelease) -> LeaseReleased:
+        lease = asked.lease
+        if lease in self._staged:
+            self._unstage(lease)
+            return LeaseReleased(valid=True)
+        return LeaseReleased(valid=await self._loop.do(lambda engine: engine.release(lease)))
 
     async def _stage(self, hashes: list[bytes]) -> tuple[str, Region, list[int]]:
         """Of a device that the host cannot address, peers read a copy, which is kept for them as long as a lease."""

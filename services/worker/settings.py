@@ -52,6 +52,7 @@ class WorkerSettings(Settings):
     zygote: bool  # fork TEs from a process that has imported what they need
     warm_tes: int  # pre-warmed TEs, of no model yet
     fork: bool  # take weights from a running TE, where this host has none
+    fork_bytes_s: float  # so fast a TE that has requests gives its weights to others; 0: no limit
     preload_bytes: int  # of weights kept in the page cache for models that are not up; -1: a quarter of the memory
     pod_bytes: int  # what all TEs and weights may take; 0: four fifths of the memory
     pod_tes: int  # at most so many TEs
@@ -110,6 +111,7 @@ class WorkerSettings(Settings):
             "zygote": reader.flag("DEEPFLOW_ZYGOTE", True),
             "warm_tes": reader.integer("DEEPFLOW_WARM_TES", 1, 0, _MAX_TES),
             "fork": reader.flag("DEEPFLOW_FORK", True),
+            "fork_bytes_s": reader.number("DEEPFLOW_FORK_BYTES_S", 256e6, 0.0, 1e12),
             "preload_bytes": reader.integer("DEEPFLOW_PRELOAD_BYTES", -1, -1, 1 << 50),
             "pod_bytes": reader.integer("DEEPFLOW_POD_BYTES", 0, 0, 1 << 50),
             "pod_tes": reader.integer("DEEPFLOW_POD_TES", 256, 1, _MAX_TES),

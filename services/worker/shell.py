@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 from services.worker.admission import Admission
 from services.worker.caching import Caching
 from services.worker.clients import Clients
+from services.worker.forking import Forker
+from services.worker.linking import Linking
 from services.worker.loop import EngineLoop, Report
 from services.worker.pulse import Pulse
 from services.worker.registrar import Registrar
@@ -48,6 +50,7 @@ from shared.rtc_messages import BlockEvents, BlocksDump, BlocksQuery
 from shared.service import Service, host_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from services.worker.flowserve.engine import Engine
@@ -61,10 +64,15 @@ _RETRY_S: Final = (1.0, 60.0)  # what a refused task is told to wait, at least a
 
 
 class Shell:
-    """One TE on the bus, as `settings` say; `loading` makes its engine."""
+    """One TE on the bus, as `settings` say; `loading` makes its engine, with weights that other TEs may have:
+    `sources`, best first."""
 
     def __init__(
-        self, service: Service[TeSettings], settings: TeSettings, loading: Loading
+        self,
+        service: Service[TeSettings],
+        settings: TeSettings,
+        loading: Loading,
+        sources: Sequence[str] = (),
     ) -> None:
         self._service = service
         self._settings = settings
@@ -90,14 +98,27 @@ class Shell:
         self._registrar = Registrar(service.bus, service.log)
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._loop = EngineLoop(loading.load, self._reports.put_nowait, self._pulse)
-        self._caching = Caching(service, settings, self._loop, loading.recipe)
+        self._linking = Linking(
+            service.bus,
+            self._te,
+            fabric=settings.fabric,
+            directory=settings.arena_dir,
+            backends=settings.distflow,
+        )
+        self._forker = Forker(
+            service.bus, self._linking, loading.folder, settings, loading.backend, loading.recipe
+        )
+        self._sources = sources
+        self._caching = Caching(service, settings, self._loop, self._linking, loading.recipe)
         self._engine: Engine | None = None  # only for what may be asked from another thread
         self._admission: Admission | None = None
         self._before: Counter[str] = Counter()  # the engine's counters when it was ready
         self._ledger: dict[str, Any] = {}
         self._task_ended = asyncio.Event()
         self._num_lost = 0  # messages that the bus would not take
-        self._giving_up = False  # the grace is over: what is cancelled now has failed
+        self._giving_up = False  # the grace is over: what is cancelled now goes on elsewhere
+        # The ends of that, until its pages are where it goes on from.
+        self._withheld: list[tuple[str, Delta]] = []
         self._patience_s = settings.grace_s  # for what runs to come to its end here
 
     async def open(self) -> None:
@@ -127,7 +148,9 @@ class Shell:
 
     async def _load(self) -> None:
         """Get hold of the weights, then let the engine's thread have them."""
-        await self._loading.obtain()
+        await self._linking.open()
+        self._forker.serve()
+        await self._loading.obtain(partial(self._forker.obtain, self._sources))
         self._loop.start()
 
     async def _serve(self) -> None:
@@ -145,6 +168,7 @@ class Shell:
         self._before = Counter(engine.counters)
         self._ledger = engine.ledger()
         await self._caching.open(engine)
+        self._linking.flow.limit_egress(lambda: self._giving_bytes_s(engine))
         kinds: tuple[type[Task | Replay], ...] = (Task, Replay)
         await self._bus.serve(subjects.task(self._te), kinds, self._take)
         await self._bus.serve(subjects.blocks_dump(self._te), (BlocksQuery,), self._dump)
@@ -157,6 +181,11 @@ class Shell:
             self._loading.ready()
         self._log.info("te_ready", model=self._model, blocks=engine.load().blocks_total)
         await self._loading.keep()
+
+    def _giving_bytes_s(self, engine: Engine) -> float:
+        """How fast others may read the weights: requests go first. From any thread."""
+        load = engine.load()
+        return self._settings.fork_bytes_s if load.running or load.waiting else 0.0
 
     # ------------------------------------------------------------------------------------------------ what comes in
 
@@ -230,8 +259,10 @@ class Shell:
             self._caching.take(report)
             frames: dict[str, list[Delta]] = {}
             for client, delta in report.deltas:
-                if self._clients.alive(client):
-                    frames.setdefault(client, []).append(self._verdict(delta))
+                if self._giving_up and delta.finish == "cancelled":
+                    self._withheld.append((client, delta))
+                elif self._clients.alive(client):
+                    frames.setdefault(client, []).append(delta)
             for client, deltas in frames.items():
                 await self._send_tokens(client, deltas)
             if report.ended:
@@ -249,12 +280,16 @@ class Shell:
             self._reports.task_done()
             await asyncio.sleep(0)  # neither get() nor publish() yields while there is more
 
-    def _verdict(self, delta: Delta) -> Delta:
-        """What is cancelled because the TE leaves has failed, in a way that is worth another try elsewhere."""
-        if not self._giving_up or delta.finish != "cancelled":
-            return delta
+    async def _send_withheld(self) -> None:
+        """What was cancelled because the TE leaves has failed, in a way that is worth another try elsewhere."""
         error = Unavailable("the TE was drained before the request was done", retry_after_s=0.0)
-        return replace(delta, finish="failed", failure=failure(error))
+        frames: dict[str, list[Delta]] = {}
+        for client, delta in self._withheld:
+            if self._clients.alive(client):
+                failed = replace(delta, finish="failed", failure=failure(error))
+                frames.setdefault(client, []).append(failed)
+        for client, deltas in frames.items():
+            await self._send_tokens(client, deltas)
 
     async def _send_tokens(self, client: str, deltas: list[Delta]) -> None:
         """One frame, or several where one would pass the bus's limit."""
@@ -381,7 +416,8 @@ class Shell:
 
     async def _drain(self) -> None:
         """Take nothing new, finish what ends soon, let the rest go on elsewhere, and everything out: KV to the arena
-        too. What goes on elsewhere is failed only once its pages are there to be found."""
+        too. Pages of what was generated are indexed as a request ends, so it ends first, and its client hears of that
+        once they are there to be found."""
         if self._admission is not None:
             self._admission.draining = True
             give_up = asyncio.get_running_loop().time() + self._patience_s
@@ -390,18 +426,20 @@ class Shell:
                     while self._admission.tasks():
                         self._task_ended.clear()
                         await self._task_ended.wait()
-            await self._copy_out()
             self._giving_up = True
             for task in self._admission.tasks():
                 request = task.request
                 self._cancel(Cancel(request=request.request, attempt=request.attempt))
+            await self._copy_out()
             await self._loop.stop()
             await self._reports.join()
-            await self._caching.close()
+            await self._send_withheld()
+            self._caching.close()
+        await self._linking.close()
         await self._registrar.remove("registrations", self._te)
 
     async def _copy_out(self) -> None:
-        """All pages that are whole, to the arena."""
+        """All pages that are indexed, to the arena."""
         with contextlib.suppress(TimeoutError, Unavailable):  # Unavailable: the engine has ended
             async with asyncio.timeout(_LAST_COPIES_S):
                 await self._loop.ask(lambda *_: None)

@@ -65,7 +65,7 @@ class Te:
         from services.worker.loading import Loading
 
         loading = Loading(folder, settings, say=self._tie.say)
-        self._shell = Shell(service, settings, loading)
+        self._shell = Shell(service, settings, loading, assignment.sources)
         await self._shell.open()
 
     async def _open_device_ahead(self) -> None:

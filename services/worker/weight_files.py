@@ -65,7 +65,7 @@ class WeightFiles(Protocol):
 
 
 class Incoming:
-    """A file on its way to `path`: as large as it will be, mapped, and beside its place. Raises OSError without room.
+    """A file on its way to `path`: as large as it will be, mapped, and beside its place. Raises OSError.
 
     It is not synced: what a power cut spoils, the digest tells.
     """
@@ -78,11 +78,16 @@ class Incoming:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self.fd: Final = os.open(self.partial, flags, 0o644)
         try:
-            os.posix_fallocate(self.fd, 0, num_bytes)  # now: later, a full disk would be a SIGBUS
+            os.ftruncate(self.fd, num_bytes)
             self.view: Final = memoryview(mmap.mmap(self.fd, num_bytes))
         except BaseException:
             self.close()
             raise
+
+    def reserve(self) -> None:
+        """Have room for all of it: before the first byte, for without it a full disk would be a SIGBUS. It takes a
+        while where files are memory. Raises OSError."""
+        os.posix_fallocate(self.fd, 0, self.view.nbytes)
 
     def digest(self) -> bytes:
         """`digest_of` what has come."""
@@ -194,8 +199,8 @@ class CheckpointFiles:
         return [*paths, index] if index.exists() and len(paths) > 1 else paths
 
 
-def weight_files(folder: Path, cache_dir: Path, backend: Backend) -> WeightFiles:
+def files_of(folder: Path, cache_dir: Path, backend: Backend) -> WeightFiles:
     """Those that `backend` computes the model in `folder` with. Raises ModelError."""
-    if (backend.device, backend.dtype) != ("cpu", "w8a8"):
-        return CheckpointFiles(folder)
-    return PreparedFile(folder, cache_dir, mappable=backend.kernels == "native")
+    if (backend.device, backend.dtype) == ("cpu", "w8a8"):
+        return PreparedFile(folder, cache_dir, mappable=backend.kernels == "native")
+    return CheckpointFiles(folder)

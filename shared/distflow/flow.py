@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Self
@@ -149,17 +149,24 @@ class DistFlow:
 
     # ------------------------------------------------------------------------------------------- what peers may read
 
-    def register(self, memory: Source | SharedBuffer, *, fd: int | None = None) -> Region:
+    def register(
+        self, memory: Source | SharedBuffer, *, fd: int | None = None, bulk: bool = False
+    ) -> Region:
         """Let peers read this memory. `fd`: the file whose bytes from 0 on it is, never to be shrunk; peers of this
-        host are then given a read-only descriptor of it and copy by themselves. A SharedBuffer knows its own."""
+        host are then given a read-only descriptor of it and copy by themselves. A SharedBuffer knows its own. `bulk`:
+        it is large, and can wait (`limit_egress`)."""
         if isinstance(memory, SharedBuffer):
-            return self._table.register(memory.view, memory.fd)
-        return self._table.register(memory, fd)
+            return self._table.register(memory.view, memory.fd, bulk=bulk)
+        return self._table.register(memory, fd, bulk=bulk)
 
     def renew(self, region: Region) -> Region:
         """The same memory with the next generation: whatever reads the old one fails, also if it is in the middle.
         Raises KeyError."""
         return self._table.renew(region.id)
+
+    def available(self, region: Region) -> int:
+        """How many of its first bytes are there; less than all only while a relay fills it. Raises TransferError."""
+        return self._table.get(region.id).available
 
     def unregister(self, region: Region) -> None:
         """Nobody reads it from here on; who is in the middle fails. Idempotent."""
@@ -167,9 +174,10 @@ class DistFlow:
         if entry is not None:
             self._withdraw(entry)
 
-    def limit_egress(self, bytes_s: float) -> None:
-        """Hand out no more than so many bytes a second over sockets, to all peers together; 0: no limit."""
-        self._egress.limit(bytes_s)
+    def limit_egress(self, rate: float | Callable[[], float]) -> None:
+        """Hand out no more than so many bytes a second of bulk and relayed regions over sockets, to all peers together;
+        0: no limit. What may change is asked for chunk by chunk, from any thread."""
+        self._egress.limit(rate if callable(rate) else lambda: rate)
 
     def allocate(self, num_bytes: int) -> SharedBuffer:
         """Memory that peers on this host can map once it is registered. Raises OSError."""
@@ -276,7 +284,7 @@ class DistFlow:
         fd = into.fd if isinstance(into, SharedBuffer) else fd
         memory = into.view if isinstance(into, SharedBuffer) else into
         place = memory if isinstance(memory, Memory) else writable(memory)
-        region = self._table.register(memory, fd, filling=True)
+        region = self._table.register(memory, fd, filling=True, bulk=True)
         ticket = Ticket(num_bytes_of(memory), timeout_s)
         node = Node(
             sources,

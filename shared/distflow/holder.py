@@ -76,7 +76,8 @@ class Holder:
                 for start in range(offset, offset + length, CHUNK_BYTES):
                     size = min(CHUNK_BYTES, offset + length - start)
                     self._wait(region, generation, start, size, remaining)
-                    self._wait_turn(size, remaining)
+                    if self._table.get(region).bulk:
+                        self._wait_turn(size, remaining)
                     self._send_chunk(region, start, size, remaining)
             for region, generation, offset, length in pieces:
                 self._table.check(region, generation, offset, length)

@@ -49,6 +49,7 @@ class Entry:
     fd: int | None
     num_bytes: int
     available: int
+    bulk: bool = False  # it can wait: `Egress` bounds it
     generation: int = 1
     num_loads: int = 0
     failed: bool = False
@@ -73,7 +74,9 @@ class Table:
         self._entries: dict[int, Entry] = {}
         self._last_id = 0
 
-    def register(self, memory: Source, fd: int | None, *, filling: bool = False) -> Region:
+    def register(
+        self, memory: Source, fd: int | None, *, filling: bool = False, bulk: bool = False
+    ) -> Region:
         """A new region. `filling`: none of its bytes are there yet."""
         view = None if isinstance(memory, Memory) else readable(memory)
         num_bytes = num_bytes_of(memory)
@@ -86,7 +89,7 @@ class Table:
                 fd = reopen_read_only(
                     fd
                 )  # whoever made the file may close his, and the number be another's
-            self._entries[self._last_id] = Entry(memory, view, fd, num_bytes, available)
+            self._entries[self._last_id] = Entry(memory, view, fd, num_bytes, available, bulk)
             return Region(self._last_id, 1, num_bytes)
 
     def renew(self, id: int) -> Region:

@@ -50,7 +50,7 @@ def test_bench_bus_measures_everything_and_leaves_nothing(tmp_path: Path) -> Non
     assert body["metrics"]["failover_same_text_share"] == 1
     assert {"cpu", "cores", "python", "torch"} <= body["machine"].keys()
     assert body["settings"]["model"] == "tiny"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "prepared"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "prepared", "profiles"]
     left = [one for one in psutil.process_iter() if str(tmp_path) in " ".join(_environ(one))]
     assert left == []
 

@@ -71,6 +71,16 @@ def test_silence_ends_at_the_least_in_bounded_time(
     assert target == least
 
 
+def test_what_is_found_at_first_is_kept_as_if_it_had_just_been_needed() -> None:
+    """One that takes over has heard of no demand: it lets a fleet go no sooner than one that had."""
+    scaler = Autoscaler()
+    busy = replace(EMPTY, ready=4, starting=1, running=5)
+    assert scaler.observe(busy, 1000.0).target == 5
+    assert scaler.observe(busy, 1005.0).target == 5
+    assert scaler.observe(busy, 1060.0).target == 1
+    assert Autoscaler().observe(replace(busy, max_tes=3), 0.0).target == 3
+
+
 @given(OBSERVATIONS, st.integers(1, 100))
 @settings(max_examples=60, deadline=None)
 def test_one_who_waits_wakes_a_te_at_once(before: Observation, num: int) -> None:

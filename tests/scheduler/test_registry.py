@@ -156,10 +156,10 @@ def test_the_share_of_late() -> None:
     """What was given counts for a minute, what was refused does not, and a new TE starts level with the others."""
     registry = Registry(Liveness())
     registry.beat(beat("a"), 0.0)
-    registry.did("a", 2.0, 0.0)
-    registry.did("a", 3.0, 30.0)
-    registry.did("a", 1.0, 30.5)
-    registry.did("a", -1.0, 31.0)
+    registry.did("a", 2000, 0.0)
+    registry.did("a", 3000, 30.0)
+    registry.did("a", 1000, 30.5)
+    registry.did("a", -1000, 31.0)
     registry.beat(beat("b"), 40.0)
     assert recent(registry, 59.0) == {"a": 5.0, "b": 5.0}
     assert recent(registry, 61.0) == {"a": 3.0, "b": 5.0}
@@ -170,8 +170,8 @@ def test_a_refusal_heard_in_the_next_second() -> None:
     """What it takes back may outlast what it takes back from, and still nobody was given less than nothing."""
     registry = Registry(Liveness())
     registry.beat(beat("a"), 0.0)
-    registry.did("a", 2.0, 0.9)
-    registry.did("a", -2.0, 1.1)
+    registry.did("a", 2000, 0.9)
+    registry.did("a", -2000, 1.1)
     assert [recent(registry, now)["a"] for now in (2.0, 60.5, 62.0)] == [0.0, 0.0, 0.0]
 
 
@@ -241,3 +241,16 @@ def test_an_idle_te_is_not_shunned_for_what_it_measured_in_a_bad_hour() -> None:
     registry.beat(beat("slow", prefill_us=9000.0, running=1), 0.1)
     costs = {one.te: one.token_s for one in registry.candidates("m", 0.1)}
     assert costs["slow"] == 9e-3
+
+
+def test_a_te_that_just_came_up_is_as_fast_as_its_group() -> None:
+    """What it has not measured is what the TE in the middle of the group measured; the prior where none has."""
+    registry = Registry(Liveness())
+    for te in ("a", "b"):
+        registry.beat(beat(te), 0.0)
+    prior, other = (one.token_s for one in registry.candidates("m", 0.0))
+    assert prior == other == 1e-3
+    registry.beat(beat("a", prefill_us=5000.0), 2.0)
+    registry.beat(beat("b"), 2.0)
+    costs = {one.te: one.token_s for one in registry.candidates("m", 2.0)}
+    assert costs == {"a": 5e-3, "b": 5e-3}

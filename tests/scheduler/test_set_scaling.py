@@ -51,7 +51,12 @@ async def test_bounds_are_kept_and_every_scheduler_hears_of_them(
         with pytest.raises(InvalidRequest) as refused:
             await ask(bus, max_tes=0)
         assert refused.value.param == "max"
-        with pytest.raises(ModelNotFound):
-            await ask(bus, "nobody")
+        for unknown in ("nobody", "x" * 300):
+            order = SetScaling(model=unknown, by="me", max_tes=3)
+            with pytest.raises(ModelNotFound):
+                await bus.request(bus.subjects.scaling(MODEL), order, ScalingEntry, timeout_s=5)
+        # Known at once, before anybody has read of it or says that it runs it.
+        await publish_model(bus, "new")
+        assert (await ask(bus, "new", min_tes=1)).min_tes == 1
         assert (await ask(bus)).max_tes == 3
         await eventually(known)

@@ -53,6 +53,22 @@ async def test_changes_at_once_all_count(bus: Bus) -> None:
     assert await table.get("b", ContextCache) is None
 
 
+async def test_an_entry_is_replaced_only_where_it_is_what_one_thinks(bus: Bus) -> None:
+    """By its revision, which is 0 where there is none, also after it was removed; else nothing is written."""
+    table = await bus.table("caches")
+    first = await table.replace("a", ENTRY, 0)
+    assert first is not None
+    assert await table.replace("a", replace(ENTRY, requests=1), 0) is None
+    assert await table.look("a", ContextCache) == (ENTRY, first)
+    second = await table.replace("a", replace(ENTRY, requests=2), first)
+    assert second is not None
+    assert second > first
+    assert await table.replace("a", ENTRY, first) is None
+    await table.delete("a")
+    assert await table.replace("a", ENTRY, second) is None
+    assert await table.replace("a", ENTRY, 0) is not None
+
+
 async def test_the_longest_unwritten_comes_first(bus: Bus) -> None:
     """`all` gives entries in the order in which they were last written."""
     table = await bus.table("caches")

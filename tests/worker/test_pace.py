@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.worker.flowserve.pace import MAX_SURE_STEPS, SURE_STEPS, Pace
+from services.worker.flowserve.pace import MAX_SURE_STEPS, SURE_STEPS, TELLING_TOKENS, Pace
 
 
 def learned() -> Pace:
@@ -114,3 +114,13 @@ def test_what_one_more_sequence_adds_to_a_step() -> None:
     assert pace.row_s == pytest.approx(0.003)
     pace.observe(0.008, num_decodes=16, num_prefill_tokens=0)
     assert pace.row_s == pytest.approx(0.008 / 64)
+
+
+def test_a_dummy_request_tells_others_nothing() -> None:
+    """The engine itself goes by few tokens; whoever compares TEs is told once there were more."""
+    pace = Pace()
+    pace.observe(0.4, num_decodes=0, num_prefill_tokens=6)
+    assert pace.measured_prefill_s == pytest.approx(0.4 / 6)
+    assert pace.telling_prefill_s == 0
+    pace.observe(0.1, num_decodes=0, num_prefill_tokens=TELLING_TOKENS)
+    assert pace.telling_prefill_s == pace.measured_prefill_s > 0

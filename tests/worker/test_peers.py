@@ -12,6 +12,7 @@ import pytest
 
 from services.worker.flowserve.decoder import Movable
 from services.worker.flowserve.engine import Engine
+from services.worker.linking import Linking
 from services.worker.loading import load_engine
 from services.worker.loop import EngineLoop, Report
 from services.worker.peers import LEASE_S, Peers
@@ -56,20 +57,20 @@ class Side:
         self.loop = EngineLoop(
             lambda wake: load_engine(folder, settings, wake), self._deliver, Pulse()
         )
-        self.flow = DistFlow(name=name)
-        self.peers = Peers(bus, self.loop, self.flow, te=name, model=MODEL, recipe=RECIPE)
+        self.linking = Linking(bus, name, fabric="127.0.0.1", directory=cache / "arena")
+        self.peers = Peers(bus, self.loop, self.linking, model=MODEL, recipe=RECIPE)
         self.engine: Engine | None = None
 
     async def open(self) -> None:
-        self.flow.start()
+        await self.linking.open()
         self.loop.start()
         self.engine = await self.loop.ready
-        await self.peers.serve(self.engine)
+        self.peers.serve(self.engine)
         await self.bus.flush()  # the other side asks over a connection of its own
 
     async def close(self) -> None:
         await self.loop.stop()
-        await asyncio.to_thread(self.flow.close)
+        await self.linking.close()
         assert self.engine is not None
         self.engine.check()
 
@@ -238,13 +239,13 @@ async def test_a_peer_that_restarted_is_linked_again(sides: tuple[Side, Side]) -
     one, two = sides
     async with two.peers.read("one", HASHES, 5.0):
         pass
-    await asyncio.to_thread(one.flow.close)
-    one.flow = one.peers._flow = DistFlow(name="one")
-    one.flow.start()
+    await one.linking.close()
+    one.linking.flow = one.peers._flow = DistFlow(name="one")
+    one.linking.flow.start()
     assert one.engine is not None
     memory = one.engine.memory()
     assert memory is not None
-    one.peers._region = one.flow.register(memory.data)
+    one.peers._region = one.linking.flow.register(memory.data)
     async with asyncio.timeout(5):
         while True:
             try:

@@ -21,6 +21,7 @@ from deepflow.bench.scale.climb import Climb, back_to, climb
 from deepflow.bench.scale.fleet import FleetWatch
 from deepflow.bench.scale.memory import Memory, extra_te_mb, family, memory_of
 from deepflow.bench.scale.plan import BARS, WAYS, Plan
+from deepflow.bench.scale.relay import relay
 from deepflow.bench.scale.startup import cold_up, peers_start
 from deepflow.bench.scale.steps import counts, step_figures, step_table
 from deepflow.bench.scale.zero import from_zero
@@ -31,6 +32,8 @@ _SETTLE_S: Final = 1.0
 _NOTES: Final = (
     "to_<n>_s: from the word to scale until each TE has streamed the first token of a request; medians of rounds.",
     "extra_te_mb: PSS of the pod host and all below it, many TEs less one, per TE; KV pages that were touched count.",
+    "relay_<n>_s: weights to n hosts by TCP, each with a way out of relay_link_mb_s, from asking until verified.",
+    "fork_slowdown_*: a source's tokens/s alone / while a process beside it reads its weights again and again by TCP.",
     "zero_to_first_token_s: request sent -> first token over HTTP while no TE of the model is up, weights prepared.",
 )
 
@@ -72,6 +75,10 @@ async def bench_scale(
     if "cold" in parts:
         with step(progress, "cold `deepflow up`", plan.num_cold) as advance:
             metrics |= await cold_up(model, cache_dir, plan, prompts, advance)
+    if "relay" in parts:
+        text = f"weights to 1 and {plan.relay.num_targets} others"
+        with step(progress, text, plan.relay.num_steps) as advance:
+            metrics |= await relay(model, cache_dir, plan.relay, seed, advance)
     if "peers" in parts and plan.peers:
         with step(progress, "starts of others", len(plan.peers)) as advance:
             found, more = await peers_start(model, cache_dir, plan, progress.console, advance)

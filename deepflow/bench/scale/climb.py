@@ -1,18 +1,17 @@
 """From one TE to many: until each has streamed the first token of a request that came in through HTTP.
 
-A request is sent as soon as a TE says that it is ready; the platform's own policy decides who gets it, and the platform
-is asked afterwards who it was. Should one have got two and another none, one more is sent, and the clock runs on.
+Once as many TEs as were asked for say that they are ready, as many requests are sent at once. The platform's own policy
+decides who gets them, and its JEs are asked afterwards who it was. Should a TE have got none, as many are sent
+once more, and the clock runs on. (Sent one by one, they would go where the platform packs a light load: to a few.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
-
-import aiohttp
+from typing import Final
 
 from deepflow.bench.client import Client
 from deepflow.bench.sample import Sample
@@ -22,7 +21,6 @@ from shared.errors import Internal
 from shared.messages import TeBeat
 
 _LONG_S: Final = 120.0
-_LOOK_S: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -52,7 +50,7 @@ async def climb(
 ) -> Climb:
     """Scale to `num_tes` and serve a request with each. Raises DeepFlowError if that fails or takes two minutes."""
     samples: list[Sample] = []
-    asked: set[str] = set()
+    placed: dict[str, str] = {}
     found = Climb(num_tes)
 
     async def ask() -> None:
@@ -61,28 +59,21 @@ async def climb(
             raise Internal(f"a request of the bench failed: {sample.status}, {sample.error!r}")
         samples.append(sample)
 
+    jes = [reply.id for reply in await stack.ask_all("scheduler")]
     started = time.perf_counter()
-    async with asyncio.timeout(_LONG_S), asyncio.TaskGroup() as tasks:
-        scaling = tasks.create_task(watch.scale(client.model, num_tes, num_tes))
-        while len(asked) < num_tes:
-            for te in watch.ready():
-                if te not in asked:
-                    asked.add(te)
-                    tasks.create_task(ask())
-            if len(asked) < num_tes:
-                await watch.pause(_LOOK_S)
-        await scaling
-    found.ready_s = max(watch.ready_at[te] for te in asked) - started
-    while True:
-        placed = await _placements(stack.url, samples)
-        found.first_token_s = _first_tokens(placed, samples, started)
-        if len(found.first_token_s) >= num_tes:
-            break
+    await watch.scale(client.model, num_tes, num_tes)
+    await watch.until(lambda: len(watch.ready()) >= num_tes, f"{num_tes} TEs are ready")
+    found.ready_s = time.perf_counter() - started
+    while len(found.first_token_s) < num_tes:
         if time.perf_counter() - started > _LONG_S:
             raise Internal(f"only {len(found.first_token_s)} of {num_tes} TEs got a request")
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(num_tes - len(found.first_token_s)):
+            for _ in range(num_tes):
                 tasks.create_task(ask())
+        for sample in samples:
+            if sample.id not in placed:
+                placed[sample.id] = await _placed(stack, jes, sample.id)
+        found.first_token_s = _first_tokens(placed, samples, started)
     found.done_s = max(sample.times_s[-1] for sample in samples) - started
     found.extra = len(samples) - num_tes
     return found
@@ -114,16 +105,9 @@ def _first_tokens(
     return found
 
 
-async def _placements(url: str, samples: list[Sample]) -> dict[str, str]:
-    """By request, the TE that served it. Raises Internal if the platform does not remember."""
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=16)) as session:
-
-        async def one(name: str) -> tuple[str, str]:
-            async with session.get(f"{url}/debug/requests/{name}/placement") as response:
-                body: dict[str, Any] = await response.json()
-            chosen = [one["chosen"] for one in body.get("decisions", ()) if one.get("chosen")]
-            if not chosen:
-                raise Internal(f"nobody knows where {name} was served: {body}")
-            return name, chosen[-1]
-
-        return dict(await asyncio.gather(*(one(sample.id) for sample in samples)))
+async def _placed(stack: Stack, jes: Sequence[str], request: str) -> str:
+    """The TE that served a request. Raises Internal if no JE remembers."""
+    for je in jes:
+        if (te := await stack.placed(je, request)) is not None:
+            return te
+    raise Internal(f"nobody knows where {request} was served")

@@ -138,7 +138,7 @@ async def bench_day(
                 answered, clock = await _live(stack, watch, arrivals, plan, seed, advance)
             starts_s = [start.total_s for start in watch.starts.values()]
     start_s = sum(starts_s) / len(starts_s) if starts_s else 0.0
-    metrics = _count([one.sample for many in answered.values() for one in many])
+    metrics = count([one.sample for many in answered.values() for one in many])
     oracle_s = sum(
         oracle_te_seconds(_spans(many), keep_up=plan.keep_up, start_s=start_s)
         for many in answered.values()
@@ -201,7 +201,7 @@ async def _live(
     return answered, clock
 
 
-def _count(samples: Sequence[Sample]) -> dict[str, float]:
+def count(samples: Sequence[Sample]) -> dict[str, float]:
     """How they were answered. A 503 that tells when to come back is what is documented; any other 5xx is not."""
     told = [one for one in samples if one.status == 503 and one.retry_after_s >= 0]
     server = [one for one in samples if one.status >= 500]

@@ -63,6 +63,26 @@ JUDGED: Final = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RelayPlan:
+    """Weights from one running TE to others. Lengths are tokens."""
+
+    num_targets: int = 32
+    link_bytes_s: float = 12.5e6  # out of each node: 100 Mbit/s. Faster ones outrun the processors that play all nodes
+    num_rounds: int = 2  # to one and to all; the median counts
+    num_forks: int = 5  # to one alone, and beside the source's own work; the median counts
+    kv_tokens: int = 4096
+    prompt_len: int = 256
+    num_prefills: int = 10  # in one round
+    batch: int = 8  # sequences that decode
+    output_len: int = 96
+
+    @property
+    def num_steps(self) -> int:
+        """What is shown of its progress."""
+        return 2 * self.num_rounds + 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Sizes. Lengths are about tokens, `_s` seconds."""
 
@@ -75,6 +95,7 @@ class Plan:
     num_zeros: int = 3  # of each way; the median counts
     ways: tuple[Way, ...] = WAYS
     num_cold: int = 3  # `deepflow up`s; the median counts
+    relay: RelayPlan = RelayPlan()
     peers: tuple[str, ...] = PEERS
 
     def steps(self) -> list[int]:
@@ -87,12 +108,24 @@ class Plan:
             "DEEPFLOW_KV_TOKENS": str(self.kv_tokens),
             "DEEPFLOW_MAX_NUM_SEQS": str(self.num_slots),
             "DEEPFLOW_GRACE_S": "5",
+            # A TE among 32 on a core may take longer to answer than a JE waits for one that has a core.
+            "DEEPFLOW_TASK_TIMEOUT_S": "5",
         }
 
 
+QUICK_RELAY: Final = RelayPlan(
+    num_targets=3,
+    num_rounds=1,
+    num_forks=1,
+    prompt_len=16,
+    num_prefills=1,
+    batch=2,
+    output_len=2,
+    link_bytes_s=1e9,
+)
 QUICK: Final = Plan(
     to=3, num_rounds=1, prompt_len=8, output_len=2, kv_tokens=512, num_zeros=1,
-    ways=WAYS[-1:], num_cold=1, peers=(),
+    ways=WAYS[-1:], num_cold=1, relay=QUICK_RELAY, peers=(),
 )  # fmt: skip
 
 

@@ -100,12 +100,15 @@ class Autoscaler:
         self._rate = Forecast(self._settings.fast_s, self._settings.slow_s)
         self._levels: list[_Level] = []
         self._target = 0
+        self._is_new = True
         self._mean_s = 0.0  # work of an arrival
         self._late = 0.0  # share of the answers
 
     def observe(self, observation: Observation, now: float) -> Verdict:
         """How many TEs are to be up now that this was seen."""
         o = observation
+        if self._is_new:
+            self._take_over(o, now)
         self._learn(o, now)
         low, high = min(o.min_tes, o.max_tes), o.max_tes
         needed, cause, why = self._need(o)
@@ -118,6 +121,13 @@ class Autoscaler:
             target, cause, why = low, Cause.BOUND, f"{low} at the least"
         self._target = min(target, high)
         return Verdict(self._target, why, cause)
+
+    def _take_over(self, o: Observation, now: float) -> None:
+        """What is found at first was needed by somebody who knew more: it is kept as if that were now."""
+        self._is_new = False
+        self._target = min(o.ready + o.starting, o.max_tes)
+        for _ in range(self._target):
+            self._levels.append(_Level(now))
 
     def _learn(self, o: Observation, now: float) -> None:
         self._rate.observe(o.work_s, now)
@@ -189,8 +199,8 @@ class _Level:
 
     __slots__ = ("gaps", "last")
 
-    def __init__(self) -> None:
-        self.last = -math.inf
+    def __init__(self, last: float = -math.inf) -> None:
+        self.last = last
         self.gaps = KeepAlive()
 
     def needed(self, now: float, least_s: float) -> None:

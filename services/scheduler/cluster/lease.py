@@ -59,7 +59,7 @@ class Claim:
         """The row as it is, with its revision."""
         self.is_doubtful = False
         row, revision = found if found is not None else (None, 0)
-        if row != self._row or self._since == 0.0:
+        if row != self._row:
             self._since = now
         self._row, self._revision = row, revision
         if row is not None:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from services.scheduler.cluster.chain import sources
 from services.scheduler.cluster.lease import Lease
 from services.scheduler.cluster.meters import Meters
 from services.scheduler.cluster.orders import REPEAT_S, Orders
-from services.scheduler.cluster.scaling import Scaling
+from services.scheduler.cluster.scaling import MAX_TES, Scaling
 from services.scheduler.cluster.shortage import Shortages
 from services.scheduler.cluster.signals import Signals
 from services.scheduler.policy.base import COLOCATED
@@ -61,14 +61,14 @@ class _Model:
 
 
 class ClusterManager:
-    """One scheduler's. `tes` gives the last beats of all TEs that are alive, `models` the catalogue's names."""
+    """One scheduler's. `tes` gives the last beats of all TEs alive, `knows` whether the catalogue has a model."""
 
     def __init__(
         self,
         service: Service[SchedulerSettings],
         *,
         tes: Callable[[], Iterable[TeBeat]],
-        models: Callable[[], Set[str]],
+        knows: Callable[[str], Awaitable[bool]],
     ) -> None:
         bus = service.bus
         self._service = service
@@ -94,8 +94,8 @@ class ClusterManager:
         self._scaling = Scaling(
             bus,
             service.log,
-            knows=lambda model: model in models() or model in self._models,
-            default_max=lambda model: self._signals.bounds(model, None)[1],
+            knows=knows,
+            default_max=self._default_max,
             changed=self._wake.set,
         )
         self._orders = Orders(
@@ -141,8 +141,8 @@ class ClusterManager:
     def _on_pod_beat(self, beat: PodBeat) -> None:
         now, term = time.monotonic(), self._lease.term
         self._lease.outranked(beat.term)
-        if term and beat.term == term == self._led:
-            others = sum(not pod.draining for pod in self._signals.pods.values()) > 1
+        if term and beat.term <= term == self._led and self._orders.answered(beat.id):
+            others = self._signals.elsewhere(beat.id)
             self._shortages.saw(beat, self._plan.get(beat.id, {}), now, others=others)
         if self._signals.pod_beat(beat, now):
             self._wake.set()
@@ -190,6 +190,8 @@ class ClusterManager:
         for pod in signals.lost(now):
             self._log.warning("pod_lost", pod=pod)
             self._gone(pod)
+        if now < self._deaf_until:  # nothing is learned from what one could not hear
+            return []
         signals.tes(self._tes(), now)
         self._current = sorted(signals.models(now))
         for model in self._current:
@@ -197,6 +199,7 @@ class ClusterManager:
         # What was learned of a model outlives its pod hosts' restarts.
         for gone in [name for name, one in self._models.items() if now - one.seen > _REMEMBER_S]:
             del self._models[gone]
+            signals.forget(gone)
             self._meters.forget(gone)
         term = self._lease.term
         if not term or not self._bus.connected:
@@ -204,8 +207,6 @@ class ClusterManager:
         if term != self._led:  # what somebody else has planned is seen in what there is
             self._led, self._plan, self._shortages = term, {}, Shortages()
             self._orders.forget()
-        if now < self._deaf_until:
-            return []
         self._pack(now)
         self._order(term, now)
         return [fleet for model in self._current if (fleet := self._fleet(model, term, now))]
@@ -223,8 +224,7 @@ class ClusterManager:
         self._meters.saw(name, observation, verdict)
 
     def _pack(self, now: float) -> None:
-        full = self._shortages.full(now)
-        pods = self._signals.packable(full)
+        pods = self._signals.packable(self._shortages.caps(now), now)
         wishes = []
         for name in self._current:
             model = self._models[name]
@@ -308,6 +308,10 @@ class ClusterManager:
             return None
         model.told, model.told_at = fleet, now
         return fleet
+
+    def _default_max(self, name: str) -> int:
+        """How many TEs there may be where nothing is set; where no pod host is heard of just now, nobody can tell."""
+        return self._signals.bounds(name, None)[1] if self._signals.can_run(name) else MAX_TES
 
     def _is_bounded(self, name: str) -> bool:
         entry = self._scaling.entries.get(name)

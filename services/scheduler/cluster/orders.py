@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.bus import Bus
-from shared.errors import DeepFlowError, Forbidden
+from shared.errors import DeadlineExceeded, DeepFlowError, Forbidden
 from shared.log import Logger
 from shared.scaling_messages import Scaled, ScaleOrder
 
 REPEAT_S: Final = 1.0
 _ANSWER_S: Final = 1.0
-_AGAIN_S: Final = 0.2  # after one that was not taken
+_AGAIN_S: Final = 0.2  # after one that was not taken; longer each time, up to
+_LONGEST_S: Final = 3.2
 
 
 @dataclass(slots=True)
@@ -27,6 +28,10 @@ class _Given:
     order: ScaleOrder
     due: float = 0.0  # when to say it again, if nothing changes
     sending: ScaleOrder | None = None
+    answered: ScaleOrder | None = (
+        None  # the last one that the pod host took, or said that it cannot
+    )
+    num_failed: int = 0  # in a row
 
 
 class Orders:
@@ -59,6 +64,13 @@ class Orders:
             given.sending = order
             self._tasks.create_task(self._send(pod, given), name=f"order-{pod}")
 
+    def answered(self, pod: str) -> bool:
+        """Whether it has had what it is ordered now, and a beat of it tells what came of that."""
+        given = self._given.get(pod)
+        if given is None or given.answered is None:
+            return False
+        return _numbers(given.answered) == _numbers(given.order)
+
     def forget(self, pod: str | None = None) -> None:
         """It is gone; or somebody else gives orders now."""
         if pod is None:
@@ -74,11 +86,16 @@ class Orders:
             try:
                 if self._is_allowed(order.term) and self._given.get(pod) is given:
                     await self._bus.request(subject, order, Scaled, timeout_s=_ANSWER_S)
+                    given.answered, given.num_failed = order, 0
             except Forbidden:
                 self._is_refused(pod)
             except DeepFlowError as error:
-                self._log.warning("order_not_taken", pod=pod, error=error.message)
-                pause_s = _AGAIN_S
+                if given.num_failed == 0:
+                    self._log.warning("order_not_taken", pod=pod, error=error.message)
+                pause_s = min(_AGAIN_S * 2**given.num_failed, _LONGEST_S)
+                given.num_failed = min(given.num_failed + 1, 16)
+                if not isinstance(error, DeadlineExceeded):  # silence is no answer
+                    given.answered = order
             given.due = time.monotonic() + pause_s
             is_newer = _numbers(given.order) != _numbers(order)
             given.sending = given.order if is_newer else None

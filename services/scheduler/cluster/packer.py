@@ -39,7 +39,8 @@ class Cost:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
     """A pod host: its budgets and what it has. `loads` holds what each TE that is up or coming has to do, idlest first.
-    `fixed` are TEs that nobody plans. Of models in `full` it can have no more than it has."""
+    `fixed` are TEs that nobody plans. Of models in `caps` it can have so many at the most. One that is `closed` gets
+    nothing more for now."""
 
     id: str
     max_tes: int
@@ -48,7 +49,8 @@ class Pod:
     costs: Mapping[str, Cost]
     loads: Mapping[str, Sequence[int]] = field(default_factory=dict)
     fixed: Mapping[str, int] = field(default_factory=dict)
-    full: frozenset[str] = frozenset()
+    caps: Mapping[str, int] = field(default_factory=dict)
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,16 +95,16 @@ class _Packing:
             has = {model: len(loads) for model, loads in pod.loads.items()}
             wanted = before.get(pod.id, has)
             self.plan[pod.id] = {
-                model: min(num, has.get(model, 0)) if model in pod.full else num
+                model: most
                 for model, num in wanted.items()
-                if num and model in pod.costs
+                if (most := min(num, pod.caps.get(model, num))) and model in pod.costs
             }
 
     # ----------------------------------------------------------------------------------------------------- fewer
 
     def shrink(self) -> None:
         """Takes away what no wish covers."""
-        for model in {model for numbers in self.plan.values() for model in numbers}:
+        for model in sorted({model for numbers in self.plan.values() for model in numbers}):
             wish = self._wishes.get(model)
             if wish is not None and not wish.may_shrink:
                 continue
@@ -149,7 +151,7 @@ class _Packing:
         """The pod host where the least is lost if others make room, once they have."""
         best: tuple[tuple[float, ...], str, list[str]] | None = None
         for pod in self._pods.values():
-            if wish.model not in pod.costs or wish.model in pod.full:
+            if not self._takes(pod, wish.model):
                 continue
             yielding = self._yielding(pod, wish, rank, number)
             if yielding is not None:
@@ -165,7 +167,8 @@ class _Packing:
     def _yielding(
         self, pod: Pod, wish: Wish, rank: Rank, number: int
     ) -> tuple[tuple[float, ...], list[str]] | None:
-        """Whose TEs on `pod` make room for one of `wish`, least valuable first, and what that costs; None: they cannot."""
+        """Whose TEs on `pod` make room for one of `wish`, least valuable first, and what that costs. None: they
+        cannot."""
         kept = dict(self.plan[pod.id])
         victims: list[str] = []
         cost: tuple[float, ...] = ()
@@ -214,8 +217,13 @@ class _Packing:
         if not numbers[model]:
             del numbers[model]
 
+    def _takes(self, pod: Pod, model: str) -> bool:
+        """Whether it would have one more, if there were room."""
+        num = self._num(pod, model)
+        return model in pod.costs and not pod.closed and num < pod.caps.get(model, num + 1)
+
     def _fits(self, pod: Pod, model: str) -> bool:
-        if model not in pod.costs or model in pod.full:
+        if not self._takes(pod, model):
             return False
         held = dict(pod.fixed)
         for name, num in (*self.plan[pod.id].items(), (model, 1)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final, NoReturn, TypeVar
 
@@ -16,7 +16,7 @@ from shared.bus import Bus, Table
 from shared.errors import DeepFlowError, InvalidRequest, ModelNotFound, Unavailable
 from shared.log import Logger
 from shared.scaling_messages import ScalingEntry, SetScaling
-from shared.subjects import QUEUE_SCHEDULER
+from shared.subjects import QUEUE_SCHEDULER, is_token
 from shared.table import keep_read
 
 N = TypeVar("N", int, float)
@@ -65,7 +65,7 @@ class Scaling:
         bus: Bus,
         log: Logger,
         *,
-        knows: Callable[[str], bool],
+        knows: Callable[[str], Awaitable[bool]],
         default_max: Callable[[str], int],
         changed: Callable[[], None],
     ) -> None:
@@ -115,7 +115,7 @@ class Scaling:
     async def _set(self, change: SetScaling) -> ScalingEntry:
         """Answers `scaling.<model>`. Raises InvalidRequest naming the field, ModelNotFound, Unavailable."""
         model = change.model
-        if not self._knows(model):
+        if not is_token(model) or not await self._knows(model):
             raise ModelNotFound(f"the model {model!r} does not exist", param="model")
         table = await self._open()
         for _ in range(_MAX_TRIES):

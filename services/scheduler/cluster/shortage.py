@@ -2,11 +2,13 @@
 
 A pod host is the judge of its own memory, and may refuse what its budget, as far as it is known here, has room for. It
 then simply has fewer TEs than it should, beat after beat. For a while it is taken to be able to have no more, longer
-each time, so that its share goes elsewhere and does not come back with every beat.
+each time, so that its share goes elsewhere and does not come back with every beat. So it is with TEs that die as often
+as they are started, where another pod host may do better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,15 +38,15 @@ class Shortages:
     def __init__(self) -> None:
         self._short: dict[tuple[str, str], _Short] = {}
 
-    def saw(self, beat: PodBeat, wanted: dict[str, int], now: float, *, others: bool) -> None:
-        """A beat of a pod host that has had its order. `others`: somebody else could run what it cannot."""
+    def saw(self, beat: PodBeat, wanted: dict[str, int], now: float, *, others: Set[str]) -> None:
+        """A beat of a pod host that has had its order. `others`: the models that another one could run, too."""
         is_making_room = any(te.state == "draining" for te in beat.tes)
         for model, num in wanted.items():
             has = sum(
                 te.model == model
                 and te.role == COLOCATED
                 and te.state != "draining"
-                and not (others and te.state == "waiting" and te.since_ms > _RESTING_MS)
+                and not (model in others and te.state == "waiting" and te.since_ms > _RESTING_MS)
                 for te in beat.tes
             )
             self._judge((beat.id, model), num, has, now, is_waiting=is_making_room)
@@ -67,13 +69,13 @@ class Shortages:
             short.has, short.until = has, now + short.rest_s
             short.rest_s = min(2 * short.rest_s, _LONGEST_S)
 
-    def full(self, now: float) -> dict[str, frozenset[str]]:
-        """The models of which a pod host can have no more, by pod host."""
-        found: dict[str, set[str]] = {}
+    def caps(self, now: float) -> dict[str, dict[str, int]]:
+        """By pod host: how many TEs of a model it can have at the most, where it was found out."""
+        found: dict[str, dict[str, int]] = {}
         for (pod, model), short in self._short.items():
             if now < short.until:
-                found.setdefault(pod, set()).add(model)
-        return {pod: frozenset(models) for pod, models in found.items()}
+                found.setdefault(pod, {})[model] = short.has
+        return found
 
     def forget(self, pod: str) -> None:
         """It is gone."""

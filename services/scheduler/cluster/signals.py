@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
@@ -97,6 +97,7 @@ class Signals:
     def __init__(self) -> None:
         self.pods: dict[str, PodBeat] = {}
         self._life = Liveness(POD_S)
+        self._spoke: dict[str, float] = {}  # pod -> when it last did itself
         self._tes: dict[str, TeBeat] = {}
         self._demands: dict[str, _Demanded] = {}
         self._took: dict[str, deque[float]] = {}  # model -> seconds that its last starts took
@@ -111,6 +112,8 @@ class Signals:
         """What a JE was asked for; True if somebody waits who did not before."""
         demanded = self._demands.setdefault(demand.model, _Demanded(wanted_at=now))
         told = demanded.told.get(demand.je)
+        if told is not None and demand.arrivals < told.demand.arrivals:
+            told = None  # it had to forget the model, and counts anew
         before = told.demand if told is not None else _unheard(demand)
         since = demanded.since
         arrivals = max(0, demand.arrivals - before.arrivals)
@@ -140,9 +143,10 @@ class Signals:
         """A pod host lives; True if something is other than it was."""
         before = self.pods.get(beat.id)
         self._life.beat(beat.id, now)
+        self._spoke[beat.id] = now
         self.pods[beat.id] = beat
         for start in beat.starts:
-            if start.te not in self._started:
+            if start.te not in self._started and 0.0 <= start.total_s < math.inf:
                 self._started[start.te] = None
                 self._took.setdefault(start.model, deque(maxlen=_STARTS)).append(start.total_s)
         while len(self._started) > _KEPT_STARTS:
@@ -177,8 +181,13 @@ class Signals:
         return lost
 
     def _forget(self, pod: str) -> None:
-        self.pods.pop(pod, None)
-        self._fixed.pop(pod, None)
+        for book in (self.pods, self._spoke, self._fixed):
+            book.pop(pod, None)
+
+    def forget(self, model: str) -> None:
+        """Nobody has run it or asked for it for long."""
+        self._demands.pop(model, None)
+        self._took.pop(model, None)
 
     def hold(self) -> None:
         """Our bus connection is away: nobody is judged."""
@@ -284,11 +293,19 @@ class Signals:
 
     # ----------------------------------------------------------------------------------------------------- for packing
 
-    def packable(self, full: dict[str, frozenset[str]]) -> list[Pod]:
-        """The pod hosts that TEs can be put on; `full` names the models of which one can have no more."""
-        return [self._packable(pod, full.get(pod.id, frozenset())) for pod in self._live()]
+    def packable(self, caps: Mapping[str, Mapping[str, int]], now: float) -> list[Pod]:
+        """The pod hosts that TEs can be put on; `caps`: of some models one can have so many at the most. One that only
+        its TEs speak for may not hear of anything new."""
+        return [
+            self._packable(pod, caps.get(pod.id, {}), closed=now - self._spoke[pod.id] > POD_S)
+            for pod in self._live()
+        ]
 
-    def _packable(self, pod: PodBeat, full: frozenset[str]) -> Pod:
+    def elsewhere(self, pod: str) -> set[str]:
+        """The models that another pod host could run."""
+        return {model.name for one in self._live() if one.id != pod for model in one.models}
+
+    def _packable(self, pod: PodBeat, caps: Mapping[str, int], *, closed: bool) -> Pod:
         loads: dict[str, list[int]] = {}
         for te in pod.tes:
             if te.role == COLOCATED and self._state(te) != "draining":
@@ -313,7 +330,8 @@ class Signals:
             },
             loads={model: sorted(numbers) for model, numbers in loads.items()},
             fixed=fixed,
-            full=full,
+            caps=caps,
+            closed=closed,
         )
 
     def _live(self) -> list[PodBeat]:

@@ -31,6 +31,7 @@ from shared.config import Reader, Settings
 
 if TYPE_CHECKING:
     from services.worker.flowserve.decoder import Decoder
+    from services.worker.flowserve.prepared import Prepared
     from services.worker.flowserve.spmd.crew import Loss
 
 
@@ -138,20 +139,20 @@ class Backend:
         *,
         threads: int | None = None,
         cache_dir: Path | None = None,
+        prepared: Prepared | None = None,
         on_loss: Callable[[Loss], None] | None = None,
     ) -> Decoder:
-        """The decoder for the model in `folder`; prepared weights are kept below `cache_dir`, by default what
-        `DEEPFLOW_CACHE` says. Of several executors each has `threads`, by default this machine's share
-        (`default_threads`), and `on_loss` is `SpmdDecoder.start`'s. Raises ModelError naming what is wrong with the
-        model or missing for the device."""
+        """The decoder for the model in `folder`; prepared weights, unless the caller has them, are kept below
+        `cache_dir`, by default what `DEEPFLOW_CACHE` says. Of several executors each has `threads`, by default this
+        machine's share (`default_threads`), and `on_loss` is `SpmdDecoder.start`'s. Raises ModelError naming what is
+        wrong with the model or missing for the device."""
         native = self.kernels == "native"
         threads = threads or default_threads(num_cores(), self.tp * self.pp, native=native)
         cache_dir = cache_dir or Settings.read(Reader(os.environ))["cache_dir"]
         decoder: Decoder
         if native:
-            decoder = native_decoder.NativeDecoder(
-                open_prepared(folder, cache_dir), threads=threads
-            )
+            prepared = prepared or open_prepared(folder, cache_dir)
+            decoder = native_decoder.NativeDecoder(prepared, threads=threads)
         else:
             decoder = self._load_torch(folder, threads, cache_dir, on_loss)
         log.note("decoder_loaded", model=folder.name, decoder=decoder.description, why=self.why)

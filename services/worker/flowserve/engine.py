@@ -28,6 +28,7 @@ from services.worker.flowserve.load import measure
 from services.worker.flowserve.outcome import ClientDelta, EngineLoad, StepOutput
 from services.worker.flowserve.pace import Pace
 from services.worker.flowserve.plan import StepPlan
+from services.worker.flowserve.prepared import Prepared
 from services.worker.flowserve.rtc.chunks import ChunkTable
 from services.worker.flowserve.rtc.master import RtcMaster
 from services.worker.flowserve.scheduler import Scheduler
@@ -164,6 +165,7 @@ class Engine(Traffic):
         threads: int | None = None,
         cache_dir: Path | None = None,
         kernels: str | None = None,
+        prepared: Prepared | None = None,
         asynchronous: bool = False,
         speculation: int = 0,
         fetch: bool = False,
@@ -172,15 +174,17 @@ class Engine(Traffic):
         on_weights: Callable[[], None] | None = None,
     ) -> Engine:
         """An engine over the model in a folder, with room for `kv_tokens` tokens or, without, in `kv_bytes` bytes of
-        each executor. `on_loss` is called from a thread of its own when one of several executors is lost, `on_weights`
-        once the weights are there.
+        each executor. `prepared` weights are used where the decoder computes with such. `on_loss` is called from a
+        thread of its own when one of several executors is lost, `on_weights` once the weights are there.
 
         Raises ModelError for what is wrong with the model, InvalidRequest if the room is less than one block.
         """
         from services.worker.flowserve.backend import Backend  # what it loads is its choice
 
         backend = Backend.of(folder, device=device, dtype=dtype, kernels=kernels, tp=tp, pp=pp)
-        decoder = backend.load(folder, threads=threads, cache_dir=cache_dir, on_loss=on_loss)
+        decoder = backend.load(
+            folder, threads=threads, cache_dir=cache_dir, prepared=prepared, on_loss=on_loss
+        )
         if on_weights is not None:
             on_weights()
         page = backend.page

@@ -47,7 +47,7 @@ def measure(scheduler: Scheduler, rtc: RtcMaster, pace: Pace, *, step_s: float) 
         outstanding_s=outstanding_s(lambda _: True),
         outstanding_batch_s=outstanding_s(is_filler),
         waiting_tokens=sum(one.num_remaining for one in prompts),
-        prefill_us=1e6 * pace.measured_prefill_s,
+        prefill_us=1e6 * pace.telling_prefill_s,
         decode_us=1e6 * pace.decode_s(max(batch, 1), 0.0),
         decode_row_us=1e6 * pace.row_s,
         blocks_total=blocks["total"],

@@ -14,6 +14,9 @@ FIRST_STEP_S = 1.0
 FIRST_PREFILL_S = 0.01  # per token
 # How fast a prompt can be computed is certain after so many full steps, and half their time is; more count no more.
 SURE_STEPS = 8
+TELLING_TOKENS = (
+    32  # of prefills, before what a token takes is told to others: a dummy request tells little
+)
 MAX_SURE_STEPS = 32
 
 
@@ -89,6 +92,12 @@ class Pace:
     def measured_prefill_s(self) -> float:
         """Seconds of computing a known token; 0: not measured yet."""
         return self._prefill_total_s / self._prefill_tokens if self._prefill_tokens else 0.0
+
+    @property
+    def telling_prefill_s(self) -> float:
+        """The same, once it is of more than a few tokens; 0 until then. TEs that come up side by side are not fast and
+        slow for what else ran during their dummy requests."""
+        return self.measured_prefill_s if self._prefill_tokens >= TELLING_TOKENS else 0.0
 
     def least_prefill_s(self, num_tokens: int) -> float:
         """Seconds that computing `num_tokens` known tokens takes for certain; 0 until that is known."""

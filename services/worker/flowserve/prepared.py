@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer
 
-    from services.worker.flowserve.filelock import locked
-from services.worker.flowserve.layout import Entry
+    from services.worker.flowserve.layout import Entry
 
 RECIPE: Final = "w8a8 g32 h64 v2"  # changes with everything that changes a byte of the file
 FILE: Final = "packed.safetensors"
