@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.cluster.chain import sources
-from services.scheduler.cluster.packer import Cost, Plan, Pod, Wish, pack, planned, taken
+from services.scheduler.cluster.packer import Cost, Plan, Pod, Rank, Wish, pack, planned, taken
 from services.scheduler.cluster.shortage import Shortages
 from shared.scaling_messages import PodBeat, PodModel, PodTe
 
@@ -138,7 +138,8 @@ def test_who_has_too_few_finds_no_room_left(
             if one.model not in host.costs or host.closed or had >= host.caps.get(one.model, 9):
                 continue
             more = held | {one.model: had + 1}
-            assert not fits(host, more)
+            is_spare = one.rank(num + 1) > Rank.FIRST
+            assert not fits(host, more) or (is_spare and sum(more.values()) > host.cores > 0)
             if num >= one.min_tes:
                 continue
             for other in held.keys() - {one.model}:
@@ -190,6 +191,26 @@ def test_a_new_te_goes_where_the_weights_are_unless_the_cores_are_taken() -> Non
     assert pack([cold, held], [wish("a", 1)], {}) == {"p1": {}, "p2": {"a": 1}}
     plan = pack([cold, held], [wish("a", 3)], {"p1": {}, "p2": {"a": 2}})
     assert plan == {"p1": {"a": 1}, "p2": {"a": 2}}
+
+
+def test_a_minimum_in_the_way_of_another_moves_once_it_has_a_place_elsewhere() -> None:
+    """The one pod host that knows `c` is taken by the first `b`, whose second TE finds room on the other."""
+    warm = Cost(te_bytes=10, weights_bytes=50, resident_bytes=50)
+    only_b = pod("p0", max_tes=1, costs={"b": SMALL})
+    knows_c = pod("p1", max_tes=1, costs={"b": warm, "c": SMALL})
+    wishes = [wish("b", 2, min_tes=1), wish("c", 1, min_tes=1)]
+    plan = pack([only_b, knows_c], wishes, {})
+    assert plan == {"p0": {"b": 1}, "p1": {"c": 1}}
+    assert pack([only_b, knows_c], wishes, plan) == plan
+
+
+def test_tes_beyond_the_cores_are_had_by_name_only() -> None:
+    """Demand and habit bring no more TEs than there are cores; a minimum does, and so does the first of a model."""
+    host = pod(max_tes=8, cores=2)
+    assert pack([host], [wish("a", 5)], {}) == {"p": {"a": 2}}
+    assert pack([host], [wish("a", 5, min_tes=5)], {}) == {"p": {"a": 5}}
+    assert pack([host], [wish("a", 5), wish("b", 3)], {"p": {"a": 2}}) == {"p": {"a": 2, "b": 1}}
+    assert pack([pod(cores=0)], [wish("a", 4)], {}) == {"p": {"a": 4}}
 
 
 def test_the_idlest_te_goes_first() -> None:

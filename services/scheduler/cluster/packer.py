@@ -3,7 +3,8 @@
 A plan is made from the one before it, with as few moves as there can be: a TE goes only if its model is to have fewer,
 or if somebody needs its room more; then the least valuable one yields. A new TE goes where the weights are, as long as
 there is a core for it. Units are ranked: a model's minimum; the first TE of one that is asked for; what demand needs
-beyond; what is merely kept. Only colocated TEs are planned: the others of a pod host take room, and stay. This module
+beyond; what is merely kept. Of the latter two no pod host gets more than it has cores: TEs that share one do together
+what one does. Only colocated TEs are planned: the others of a pod host take room, and stay. This module
 must not know how a wish comes about, orders, or processes.
 """
 
@@ -126,7 +127,15 @@ class _Packing:
     # ------------------------------------------------------------------------------------------------------ more
 
     def grow(self) -> None:
-        """Finds room for what is missing, the most needed first."""
+        """Finds room for what is missing, the most needed first; again while that changes anything, for what came last
+        may let others go elsewhere."""
+        for _ in range(len(self._wishes) + 1):
+            before = {pod: dict(numbers) for pod, numbers in self.plan.items()}
+            self._grow()
+            if self.plan == before:
+                return
+
+    def _grow(self) -> None:
         missing = [
             (wish.rank(number), -wish.value / number, wish.model, number)
             for wish in self._wishes.values()
@@ -136,15 +145,15 @@ class _Packing:
         for rank, _, model, number in sorted(missing):
             if model in given_up:
                 continue
-            pod = self._room(model) or self._cleared(self._wishes[model], rank, number)
+            pod = self._room(model, rank) or self._cleared(self._wishes[model], rank, number)
             if pod is None:
                 given_up.add(model)
             else:
                 self._add(pod, model, 1)
 
-    def _room(self, model: str) -> Pod | None:
+    def _room(self, model: str, rank: Rank) -> Pod | None:
         """The best pod host with room for one more TE."""
-        found = [pod for pod in self._pods.values() if self._fits(pod, model)]
+        found = [pod for pod in self._pods.values() if self._fits(pod, model, rank)]
         return min(found, key=lambda pod: self._distance(pod, model), default=None)
 
     def _cleared(self, wish: Wish, rank: Rank, number: int) -> Pod | None:
@@ -173,7 +182,7 @@ class _Packing:
         victims: list[str] = []
         cost: tuple[float, ...] = ()
         try:
-            while not self._fits(pod, wish.model):
+            while not self._fits(pod, wish.model, rank):
                 found = [
                     (self._worth(pod, model), model)
                     for model, num in self.plan[pod.id].items()
@@ -222,13 +231,16 @@ class _Packing:
         num = self._num(pod, model)
         return model in pod.costs and not pod.closed and num < pod.caps.get(model, num + 1)
 
-    def _fits(self, pod: Pod, model: str) -> bool:
+    def _fits(self, pod: Pod, model: str, rank: Rank) -> bool:
         if not self._takes(pod, model):
             return False
         held = dict(pod.fixed)
         for name, num in (*self.plan[pod.id].items(), (model, 1)):
             held[name] = held.get(name, 0) + num
-        return sum(held.values()) <= pod.max_tes and taken(pod, held) <= pod.num_bytes
+        num = sum(held.values())
+        if rank > Rank.FIRST and num > pod.cores > 0:
+            return False
+        return num <= pod.max_tes and taken(pod, held) <= pod.num_bytes
 
     def _crowd(self, pod: Pod) -> float:
         num_tes = sum(self.plan[pod.id].values()) + sum(pod.fixed.values())
