@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import AsyncIterator
@@ -287,11 +288,12 @@ async def test_a_killed_training_is_worth_another_try_and_a_leaving_pod_takes_no
     trainer = await pod(bus, tasks, "pod-1")
 
     def children() -> list[psutil.Process]:
-        return [
-            child
-            for child in psutil.Process().children()
-            if "services.worker.training" in child.cmdline()
-        ]
+        found = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if "services.worker.training" in child.cmdline():
+                    found.append(child)
+        return found
 
     async def ask(task: str) -> None:
         data = packed(records(Random(1), 250))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -127,8 +128,9 @@ def kill(name: str) -> Callable[[Stack], None]:
 def kill_zygote(stack: Stack) -> None:
     """kill -9 of the process that TEs are forked from."""
     for process in stack.processes():
-        if "services.worker.zygote" in " ".join(process.cmdline()):
-            process.kill()
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "services.worker.zygote" in " ".join(process.cmdline()):
+                process.kill()
 
 
 @pytest.mark.parametrize(
