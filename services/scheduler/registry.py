@@ -100,6 +100,7 @@ class _Typical:
     """Seconds for a token of a prompt and of an answer, and as of when."""
 
     when: float
+    least_s: float  # the first on the TE where it is least, the others on the one in the middle
     token_s: float
     decode_token_s: float
 
@@ -289,10 +290,8 @@ class Registry:
         token_s = self._costs.prefill_token_s(beat)
         decode_token_s = self._costs.decode_token_s(beat)
         group = self._typical(beat.model, beat.role, now)
-        if (
-            not beat.prefill_us
-        ):  # it has just come up: as fast as the others, as far as anybody knows
-            token_s = group.token_s if math.isfinite(group.token_s) else token_s
+        if not beat.prefill_us:  # it has just come up: taken for the best, it will soon be known
+            token_s = group.least_s if math.isfinite(group.least_s) else token_s
         elif not (beat.running or beat.waiting or given):
             # What it measured in a bad hour, its first one perhaps, it will not measure again without work.
             token_s = min(token_s, group.token_s)
@@ -315,7 +314,7 @@ class Registry:
         return te.load
 
     def _typical(self, model: str, role: str, now: float) -> _Typical:
-        """What work costs on the TE in the middle of those of a group."""
+        """What work costs on the TEs of a group; infinitely much where none has measured."""
         known = self._groups.get((model, role))
         if known is None or now - known.when >= _TYPICAL_S:
             beats = [
@@ -325,6 +324,7 @@ class Registry:
             ]
             known = _Typical(
                 now,
+                min(map(self._costs.prefill_token_s, beats), default=math.inf),
                 median_low(map(self._costs.prefill_token_s, beats)) if beats else math.inf,
                 median_low(map(self._costs.decode_token_s, beats)) if beats else math.inf,
             )

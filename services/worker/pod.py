@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _JUDGE_S: Final = 0.25
 _TURNS: Final = 4  # processes that are being made at once
-_NEWS_S: Final = 0.05  # what changes within this time is told in one beat
+_NEWS_S: Final = 0.1  # what changes within this time is told in one beat
 # No beat for so long, or no progress for so long beyond the predicted step: the TE hangs. On purpose more patient than
 # gateways and JEs (1.5 s). If they are wrong about a TE that is merely slow, requests move; if we are, weights are
 # loaded again, on a machine that is slow already. It also covers a TE that finds the bus again later than we do.

@@ -244,13 +244,14 @@ def test_an_idle_te_is_not_shunned_for_what_it_measured_in_a_bad_hour() -> None:
 
 
 def test_a_te_that_just_came_up_is_as_fast_as_its_group() -> None:
-    """What it has not measured is what the TE in the middle of the group measured; the prior where none has."""
+    """What it has not measured is what the fastest TE of the group measured; the prior where none has."""
     registry = Registry(Liveness())
     for te in ("a", "b"):
         registry.beat(beat(te), 0.0)
     prior, other = (one.token_s for one in registry.candidates("m", 0.0))
     assert prior == other == 1e-3
     registry.beat(beat("a", prefill_us=5000.0), 2.0)
+    registry.beat(beat("slow", prefill_us=9000.0, running=1), 2.0)
     registry.beat(beat("b"), 2.0)
     costs = {one.te: one.token_s for one in registry.candidates("m", 2.0)}
-    assert costs == {"a": 5e-3, "b": 5e-3}
+    assert costs == {"a": 5e-3, "b": 5e-3, "slow": 9e-3}

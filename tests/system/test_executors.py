@@ -54,8 +54,11 @@ def expected(stack: Stack) -> list[str]:
 def executor(stack: Stack) -> tuple[int, psutil.Process]:
     """The TE's process id, and the process of its model's second rank."""
     (te,) = stack.wait_tes()
-    (child,) = psutil.Process(te["pid"]).children()
-    return te["pid"], child
+    for child in psutil.Process(te["pid"]).children():
+        # Beside it there may be the process that it was forked off.
+        if "spmd.executor" in " ".join(child.cmdline()):
+            return te["pid"], child
+    raise AssertionError(f"{te['id']} has no second rank")
 
 
 def logged(stack: Stack, event: str) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from shared.table import heed_cancellation
 
 _LEASE: Final = "cluster"
 _TICK_S: Final = 0.25
-_BREATH_S: Final = 0.01  # between two decisions
+_BREATH_S: Final = 0.05  # between two decisions: where dozens start, each has news every few ms
 _LISTEN_S: Final = REST_BEAT_S + 0.2  # every pod host that lives has beaten by then
 _SURPLUS_S: Final = (
     2.0  # so long there are too many before one goes: a pod host may be dead and not known to be
