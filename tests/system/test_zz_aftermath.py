@@ -56,13 +56,24 @@ async def test_requests_leave_no_file_or_task_behind(stack: Stack) -> None:
 
 
 async def test_the_processes_are_those_that_should_be(stack: Stack) -> None:
-    """After all restarts there are exactly the launcher, nats, four services with two TEs and the tokenizer pool."""
-    names = [" ".join(process.cmdline()) + " " for process in stack.processes()]
+    """After all restarts there are exactly the launcher, nats, four services with a zygote, two TEs and a warm one, and
+    the tokenizer pool."""
 
+    def commands() -> list[str]:
+        return [" ".join(process.cmdline()) + " " for process in stack.processes()]
+
+    def num_tes() -> int:
+        return sum("services.worker.te " in name for name in commands())
+
+    give_up = time.monotonic() + 10
+    while num_tes() != 3 and time.monotonic() < give_up:  # a warm one was used a moment ago
+        await asyncio.sleep(0.2)
+    names = commands()
     for module in ("services.gateway", "services.scheduler", "services.cache"):
         assert sum(f"-m {module} " in name for name in names) == 1, names
     assert sum("nats-server" in name for name in names) == 1, names
-    assert sum("services.worker.te" in name for name in names) == 2, names
+    assert sum("services.worker.te " in name for name in names) == 3, names
+    assert sum("services.worker.zygote" in name for name in names) == 1, names
     assert all(process.status() != psutil.STATUS_ZOMBIE for process in stack.processes())
 
 

@@ -120,16 +120,20 @@ class Cluster:
             _check(give_up, "nats-server")
             await asyncio.sleep(_POLL_S)
         self._nats_url = url
-        port = ports.choose("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{port}"
         await self._service("scheduler", {})
-        await self._service("gateway", {"DEEPFLOW_HOST": "127.0.0.1", "DEEPFLOW_PORT": str(port)})
+        self._gateway = await self._start_gateway()
         for number, arena in enumerate(arenas):
             host = Host(number, arena)
             self.hosts.append(host)
             own = {"DEEPFLOW_ARENA_DIR": str(arena)}
             host.cache = await self._service("cache", own)
             host.worker = await self._service("worker", own)
+
+    async def _start_gateway(self) -> subprocess.Process:
+        port = ports.choose("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{port}"
+        own = {"DEEPFLOW_HOST": "127.0.0.1", "DEEPFLOW_PORT": str(port)}
+        return await self._service("gateway", own)
 
     async def _service(self, name: str, own: Mapping[str, str]) -> subprocess.Process:
         env = {
@@ -209,6 +213,8 @@ class Cluster:
                         if answer.status == 200:
                             return
                 _check(give_up, "the gateway")
+                if self._gateway.returncode is not None:  # somebody was faster to take the port
+                    self._gateway = await self._start_gateway()
                 await asyncio.sleep(_POLL_S)
 
     async def kill_server(self) -> None:
