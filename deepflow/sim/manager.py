@@ -124,7 +124,6 @@ class Manager:
             num_slots=max((te.spec.profile.max_num_seqs for te in fleet), default=0),
             running=sum(beat.running for beat in beats),
             waiting=sum(beat.waiting for beat in beats),
-            outstanding_s=sum(beat.outstanding_s for beat in beats),
             parked=len(parked),
             parked_wait_s=now - min(parked, default=now),
             arrivals=self._arrivals,

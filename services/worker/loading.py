@@ -96,12 +96,12 @@ class Loading:
 
     def load(self, wake: Callable[[], None]) -> Engine:
         """The engine, proven by its dummy request. Raises DeepFlowError naming what is wrong with model or memory."""
-        files = self._bring_in()
+        self._bring_in()
         self.profile = read_profile(self._key, self.settings.cache_dir)
         engine = self._make(wake)
         canary = _run_canary(engine, _NUM_TOKENS[self.backend.kernels])
         if self.profile is None:
-            self._found = self._measured(engine, canary, files)
+            self._found = self._measured(engine, canary)
         elif not self._is_right(canary):
             engine.close()
             del engine  # and with it the mapping
@@ -136,7 +136,7 @@ class Loading:
         prepared = takes_prepared(self.backend)
         return weight_files(self.folder.path, self.settings.cache_dir, prepared=prepared)
 
-    def _bring_in(self) -> list[Path]:
+    def _bring_in(self) -> None:
         """Read what lies on the disk alone, in large pieces: page by page, as it is needed, would take longer."""
         files = self._files()
         share = warm_share(files)
@@ -149,7 +149,6 @@ class Loading:
             for path in files:
                 before += bring_in(path, partial(self._read, before, total))
         self._progress(_WEIGHTS_HERE)
-        return files
 
     def _read(self, before: int, total: int, num_bytes: int) -> None:
         self._progress((before + num_bytes) * _WEIGHTS_HERE // max(total, 1))
@@ -215,18 +214,11 @@ class Loading:
             return None
         return find_prepared(self.folder.path, self.settings.cache_dir)
 
-    def _measured(self, engine: Engine, canary: Canary, files: list[Path]) -> Profile:
-        now = time.monotonic()
-        num_blocks = engine.settings.num_blocks
+    def _measured(self, engine: Engine, canary: Canary) -> Profile:
         return Profile(
             recipe=self.recipe,
             device=self._key.device,
-            num_blocks=num_blocks,
-            kv_bytes=num_blocks * self.backend.bytes_per_block,
-            te_bytes=own_bytes(),
-            weights_bytes=sum(path.stat().st_size for path in files or self._files()),
-            load_s=self._mapped - self._began,
-            post_load_s=now - self._mapped,
+            num_blocks=engine.settings.num_blocks,
             canary=canary,
         )
 
@@ -281,29 +273,9 @@ def make_engine(
     )
 
 
-def load_engine(
-    folder: ModelFolder, settings: TeSettings, wake: Callable[[], None] | None = None
-) -> Engine:
-    """As `make_engine`, warmed up; nothing is kept."""
-    engine = make_engine(folder, settings, wake)
-    _run_canary(engine, max(_NUM_TOKENS.values()))
-    return engine
-
-
 def takes_prepared(backend: Backend) -> bool:
     """Whether it computes with prepared weights, not with the checkpoint's own files."""
     return backend.kernels == "native" or (backend.device, backend.dtype) == ("cpu", "w8a8")
-
-
-def own_bytes() -> int:
-    """Memory of this process that lies in no file, its share where others have it too; 0 where the system does not
-    tell."""
-    try:
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split(":", 1) for line in lines[1:])
-    return int(fields.get("Pss_Anon", "0 kB").split()[0]) << 10
 
 
 def _device(backend: Backend) -> str:

@@ -27,7 +27,6 @@ OBSERVATIONS = st.builds(
     num_slots=st.integers(0, 64),
     running=COUNT,
     waiting=COUNT,
-    outstanding_s=SECONDS,
     parked=COUNT,
     parked_wait_s=SECONDS,
     arrivals=COUNT,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.worker.flowserve.engine import Engine
-from services.worker.loading import load_engine
+from services.worker.loading import make_engine
 from services.worker.loop import EngineLoop, Report
 from services.worker.pulse import Pulse
 from services.worker.settings import TeSettings
@@ -51,7 +51,7 @@ class Side:
         self.reports: list[Report] = []
         self.news = asyncio.Event()
         self.pulse = Pulse()
-        self.loop = EngineLoop(lambda _: load_engine(folder, settings), self._deliver, self.pulse)
+        self.loop = EngineLoop(lambda _: make_engine(folder, settings), self._deliver, self.pulse)
 
     def _deliver(self, report: Report) -> None:
         self.reports.append(report)

@@ -13,7 +13,7 @@ import pytest
 from services.worker.flowserve.decoder import Movable
 from services.worker.flowserve.engine import Engine
 from services.worker.linking import Linking
-from services.worker.loading import load_engine
+from services.worker.loading import make_engine
 from services.worker.loop import EngineLoop, Report
 from services.worker.peers import LEASE_S, Peers
 from services.worker.pulse import Pulse
@@ -55,7 +55,7 @@ class Side:
         self.reports: list[Report] = []
         self.news = asyncio.Event()
         self.loop = EngineLoop(
-            lambda wake: load_engine(folder, settings, wake), self._deliver, Pulse()
+            lambda wake: make_engine(folder, settings, wake), self._deliver, Pulse()
         )
         self.linking = Linking(bus, name, fabric="127.0.0.1", directory=cache / "arena")
         self.peers = Peers(bus, self.loop, self.linking, model=MODEL, recipe=RECIPE)

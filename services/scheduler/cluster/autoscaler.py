@@ -33,9 +33,9 @@ class Cause(StrEnum):
 class Observation:
     """One model at one time. `arrivals`, `work_s`, `answered` and `late` are since the last observation.
 
-    `num_slots`: choices that one TE runs at once; 0: not known. `outstanding_s`: work of all TEs, as their beats tell
-    it. `work_s`: predicted work of the arrivals, in seconds of one TE with a well-filled batch (`price`). `start_s`:
-    from an order to a TE that serves. `keep_alive_s`: an operator's, else what is learned.
+    `num_slots`: choices that one TE runs at once; 0: not known. `parked_wait_s` is for people: what counts is how many
+    wait, and what they ask for. `work_s`: predicted work of the arrivals, in seconds of one TE with a well-filled batch
+    (`price`). `start_s`: from an order to a TE that serves. `keep_alive_s`: an operator's, else what is learned.
     """
 
     model: str
@@ -47,7 +47,6 @@ class Observation:
     num_slots: int = 0
     running: int = 0
     waiting: int = 0
-    outstanding_s: float = 0.0
     parked: int = 0
     parked_wait_s: float = 0.0
     arrivals: int = 0

@@ -358,6 +358,7 @@ class ClusterManager:
             "starting": there.starting,
             "draining": there.draining,
             "parked": observation.parked,
+            "parked_wait_s": round(observation.parked_wait_s, 1),
             "min": observation.min_tes,
             "max": observation.max_tes,
             "planned": packer.planned(self._plan, name) if self._lease.term else None,

@@ -262,7 +262,6 @@ class Signals:
             num_slots=max(slots, default=0),
             running=sum(beat.running for beat in beats),
             waiting=sum(beat.waiting for beat in beats),
-            outstanding_s=sum(beat.outstanding_s for beat in beats),
             parked=parked[0],
             parked_wait_s=parked[1],
             arrivals=since.arrivals,
